@@ -1,0 +1,44 @@
+# Two commands do all the set-up: `make demo` and `make test`. Both need Python 3.10+, make and a C++ compiler.
+PYTHON ?= python3
+BIN := .venv/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+KERNEL_SOURCES := $(wildcard kernels/*.cpp kernels/*.h kernels/*.inc)
+DEMO_DIR ?= demo
+
+.PHONY: demo test sync notebooks pytest kernels prep clean
+.DEFAULT_GOAL := test
+
+# The environment, remade when what it is made from changes; `pip install -e` also compiles the kernels.
+.venv/.installed: settings.ini setup.py pyproject.toml $(KERNEL_SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel pybind11
+	$(BIN)/python -m pip install --quiet --no-build-isolation -e '.[dev]'
+	touch $@
+
+demo: .venv/.installed
+	fastsparse train --data digits --out $(DEMO_DIR)
+
+test: sync notebooks pytest
+
+# The package is exactly what the notebooks say.
+sync: .venv/.installed
+	$(BIN)/python tests/check_sync.py
+
+# One thread a process: two OpenMP pools on few cores slow each other down.
+notebooks: .venv/.installed
+	OMP_NUM_THREADS=1 nbdev-test --n-workers 2
+
+pytest: .venv/.installed
+	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q tests
+
+# For contributors: regenerate the package after editing notebooks.
+prep: .venv/.installed
+	nbdev-export && nbdev-clean
+
+kernels: .venv/.installed
+	FASTSPARSE_REQUIRE_KERNELS=1 $(BIN)/python setup.py build_ext --inplace
+
+clean:
+	rm -rf .venv build demo fastsparse/*.so
+
+-include kernels/targets.mk
