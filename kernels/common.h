@@ -1,0 +1,106 @@
+// What every source file here shares: argument blocks of the micro-kernels, the table of one ISA, memory, threads.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace fastsparse {
+
+using i32 = int32_t;
+using i64 = int64_t;
+
+// A run of nonzeros that belong to one output row: entries start .. start+n of the index and value arrays.
+struct Seg { i64 start; i32 row; i32 n; };
+
+// y[row, tile] (+)= sum_k val[k] * x[idx[k]*scale + tile], a tile being TR x TC vectors kept in registers.
+struct SpmmArgs {
+    const float* x; i64 scale;        // packed input; one index unit is `scale` floats
+    i64 xrow, xcol;                   // distance in floats between tile rows and between tile columns in x
+    const i32* idx; const float* val; // nonzeros
+    const Seg* segs; i64 nseg;
+    float* y; i64 ypitch, yrow, ycol; // output scratch: distance between matrix rows, tile rows, tile columns
+    const float* bias;                // one per matrix row, or null
+    bool first;                       // start from bias (or 0) instead of from y
+};
+
+// dv[k] (+)= sum over the tile of y[row, tile] * x[idx[k]*scale + tile]; the segments follow each other without a gap.
+struct SddmmArgs {
+    const float* x; i64 scale;
+    i64 xrow, xcol;
+    const i32* idx;
+    const Seg* segs; i64 nseg;
+    const float* y; i64 ypitch, yrow, ycol;
+    float* dv; bool add;
+};
+
+using SpmmFn = void (*)(const SpmmArgs&);
+using SddmmFn = void (*)(const SddmmArgs&);
+
+enum Op { op_spmm, op_sddmm };
+
+// One line of kernels.inc, compiled for one ISA.
+struct Kernel {
+    const char* op; const char* dtype; int rows, cols; bool unit;
+    SpmmFn spmm; SddmmFn sddmm;
+};
+
+struct Isa {
+    const char* name;
+    int width;                 // floats in a vector
+    int max_spmm, max_sddmm;   // vectors in the largest tile that stays in registers
+    const Kernel* kernels; int n_kernels;
+    // dst[c*dst_pitch + r] = src[r*src_pitch + c], rows padded with zeros up to a whole vector; off, if given, replaces c*dst_pitch
+    void (*pack)(const float* src, i64 src_pitch, i64 rows, i64 cols, float* dst, i64 dst_pitch, const i32* off);
+    // dst[c*dst_pitch + r] = src[r*src_pitch + c], cols read up to a whole vector, nothing written beyond rows and cols
+    void (*unpack)(const float* src, i64 src_pitch, i64 rows, i64 cols, float* dst, i64 dst_pitch);
+    // y[row] = bias[row] + sum_k val[k]*x[idx[k]]: one item, vectorised along the nonzeros
+    void (*spmv)(const float* x, const i32* idx, const float* val, const Seg* segs, i64 nseg, const float* bias, float* y);
+    // dv[k] (+)= g[row]*x[idx[k]]
+    void (*outer)(const float* x, const i32* idx, const Seg* segs, i64 nseg, const float* g, float* dv, bool add);
+    // dst[k] = src[perm[k]]
+    void (*gather)(const float* src, const uint32_t* perm, i64 n, float* dst);
+    // dst[i] += src[i]
+    void (*accumulate)(const float* src, i64 n, float* dst);
+
+    const Kernel& find(Op op, int rows, int cols, bool unit) const;
+};
+
+const Isa* isa_scalar();
+const Isa* isa_avx2();     // null where the compiler or the machine cannot
+const Isa* isa_avx512();
+const Isa* isa_neon();
+std::vector<const Isa*> available_isas();  // best first
+const Isa& current_isa();
+void set_isa(const std::string& name);
+
+// Scratch memory: 64-byte aligned, in huge pages where the system grants them, and kept for the next call.
+class Scratch {
+public:
+    explicit Scratch(i64 floats);
+    ~Scratch();
+    Scratch(const Scratch&) = delete;
+    Scratch& operator=(const Scratch&) = delete;
+    float* data() const { return p_; }
+private:
+    float* p_; size_t bytes_;
+};
+
+// Runs body(ctx, task, slot) for every task on the OpenMP threads that the process already has; slot < threads.
+using TaskFn = void (*)(void* ctx, i64 task, int slot);
+void run_tasks(i64 n, int threads, TaskFn body, void* ctx);
+int max_threads();
+std::string threading();
+
+template <class F> void parallel_for(i64 n, int threads, F&& f) {
+    run_tasks(n, threads, [](void* c, i64 t, int s) { (*static_cast<std::remove_reference_t<F>*>(c))(t, s); }, &f);
+}
+
+inline i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
+inline i64 round_up(i64 a, i64 b) { return ceil_div(a, b) * b; }
+
+}  // namespace fastsparse

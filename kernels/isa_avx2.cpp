@@ -1,0 +1,72 @@
+// AVX2 with FMA: 8 floats, 16 registers.
+#include "common.h"
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+#define FS_NS avx2
+#define FS_NAME "avx2"
+
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#endif
+
+namespace fastsparse {
+namespace FS_NS {
+
+struct V {
+    static constexpr int W = 8, max_spmm = 14, max_sddmm = 8;
+    __m256 v;
+    static V zero() { return {_mm256_setzero_ps()}; }
+    static V set1(float a) { return {_mm256_set1_ps(a)}; }
+    static V load(const float* p) { return {_mm256_loadu_ps(p)}; }
+    static V gather(const float* p, const i32* i) { return {_mm256_i32gather_ps(p, _mm256_loadu_si256((const __m256i*)i), 4)}; }
+    static void store(float* p, V a) { _mm256_storeu_ps(p, a.v); }
+    static V add(V a, V b) { return {_mm256_add_ps(a.v, b.v)}; }
+    static V mul(V a, V b) { return {_mm256_mul_ps(a.v, b.v)}; }
+    static V fma(V a, V b, V c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+    static __m256 pair(__m256 a, __m256 b) { return _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b)); }
+    static __m256 quad(const float* b) {
+        const __m256d p = _mm256_castps_pd(pair(_mm256_load_ps(b), _mm256_load_ps(b + 8)));
+        const __m256d q = _mm256_castps_pd(pair(_mm256_load_ps(b + 16), _mm256_load_ps(b + 24)));
+        return _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(p, q)), _mm256_castpd_ps(_mm256_unpackhi_pd(p, q)));
+    }
+    static V reduce(const float* b) {
+        const __m256 p = quad(b), q = quad(b + 32);
+        return {_mm256_add_ps(_mm256_permute2f128_ps(p, q, 0x21), _mm256_blend_ps(p, q, 0xf0))};
+    }
+    static void transpose(V* t) {
+        __m256 a[8], b[8];
+        for (int i = 0; i < 4; ++i) {
+            a[2 * i] = _mm256_unpacklo_ps(t[2 * i].v, t[2 * i + 1].v);
+            a[2 * i + 1] = _mm256_unpackhi_ps(t[2 * i].v, t[2 * i + 1].v);
+        }
+        for (int h = 0; h < 8; h += 4)
+            for (int i = 0; i < 2; ++i) {
+                b[h + 2 * i] = _mm256_shuffle_ps(a[h + i], a[h + i + 2], 0x44);
+                b[h + 2 * i + 1] = _mm256_shuffle_ps(a[h + i], a[h + i + 2], 0xee);
+            }
+        for (int i = 0; i < 4; ++i) {
+            t[i].v = _mm256_permute2f128_ps(b[i], b[i + 4], 0x20);
+            t[i + 4].v = _mm256_permute2f128_ps(b[i], b[i + 4], 0x31);
+        }
+    }
+};
+
+#include "micro.h"
+}  // namespace FS_NS
+}  // namespace fastsparse
+
+#ifdef __clang__
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+namespace fastsparse {
+const Isa* isa_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? &avx2::isa : nullptr; }
+}
+#else
+namespace fastsparse { const Isa* isa_avx2() { return nullptr; } }
+#endif

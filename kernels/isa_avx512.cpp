@@ -1,0 +1,92 @@
+// AVX-512: 16 floats, 32 registers.
+#include "common.h"
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // the intrinsics' own headers trigger it
+#endif
+#define FS_NS avx512
+#define FS_NAME "avx512"
+
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,prefer-vector-width=512")
+#endif
+
+namespace fastsparse {
+namespace FS_NS {
+
+struct V {
+    static constexpr int W = 16, max_spmm = 14, max_sddmm = 14;
+    __m512 v;
+    static V zero() { return {_mm512_setzero_ps()}; }
+    static V set1(float a) { return {_mm512_set1_ps(a)}; }
+    static V load(const float* p) { return {_mm512_loadu_ps(p)}; }
+    static V gather(const float* p, const i32* i) { return {_mm512_i32gather_ps(_mm512_loadu_si512(i), p, 4)}; }
+    static void store(float* p, V a) { _mm512_storeu_ps(p, a.v); }
+    static V add(V a, V b) { return {_mm512_add_ps(a.v, b.v)}; }
+    static V mul(V a, V b) { return {_mm512_mul_ps(a.v, b.v)}; }
+    static V fma(V a, V b, V c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+    static __m512 pair(__m512 a, __m512 b) { return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)); }
+    static __m512 quad(const float* b) {
+        const __m512d p = _mm512_castps_pd(pair(_mm512_load_ps(b), _mm512_load_ps(b + 16)));
+        const __m512d q = _mm512_castps_pd(pair(_mm512_load_ps(b + 32), _mm512_load_ps(b + 48)));
+        return _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(p, q)), _mm512_castpd_ps(_mm512_unpackhi_pd(p, q)));
+    }
+    static __m512 halves(__m512 a, __m512 b) {
+        return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+    }
+    static V reduce(const float* b) { return {halves(halves(quad(b), quad(b + 64)), halves(quad(b + 128), quad(b + 192)))}; }
+    static void transpose(V* t) {
+        __m512 a[16], b[16];
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; ++i) {
+            a[2 * i] = _mm512_unpacklo_ps(t[2 * i].v, t[2 * i + 1].v);
+            a[2 * i + 1] = _mm512_unpackhi_ps(t[2 * i].v, t[2 * i + 1].v);
+        }
+#pragma GCC unroll 4
+        for (int h = 0; h < 16; h += 4)
+#pragma GCC unroll 2
+            for (int i = 0; i < 2; ++i) {
+                b[h + 2 * i] = _mm512_shuffle_ps(a[h + i], a[h + i + 2], 0x44);
+                b[h + 2 * i + 1] = _mm512_shuffle_ps(a[h + i], a[h + i + 2], 0xee);
+            }
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+            a[i] = _mm512_shuffle_f32x4(b[i], b[i + 4], 0x88);
+            a[i + 4] = _mm512_shuffle_f32x4(b[i], b[i + 4], 0xdd);
+            a[i + 8] = _mm512_shuffle_f32x4(b[i + 8], b[i + 12], 0x88);
+            a[i + 12] = _mm512_shuffle_f32x4(b[i + 8], b[i + 12], 0xdd);
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+            t[i].v = _mm512_shuffle_f32x4(a[i], a[i + 8], 0x88);
+            t[i + 8].v = _mm512_shuffle_f32x4(a[i], a[i + 8], 0xdd);
+            t[i + 4].v = _mm512_shuffle_f32x4(a[i + 4], a[i + 12], 0x88);
+            t[i + 12].v = _mm512_shuffle_f32x4(a[i + 4], a[i + 12], 0xdd);
+        }
+    }
+};
+
+#include "micro.h"
+}  // namespace FS_NS
+}  // namespace fastsparse
+
+#ifdef __clang__
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+namespace fastsparse {
+const Isa* isa_avx512() {
+    const bool ok = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+                    __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
+    return ok ? &avx512::isa : nullptr;
+}
+}
+#else
+namespace fastsparse { const Isa* isa_avx512() { return nullptr; } }
+#endif

@@ -1,0 +1,44 @@
+// NEON on 64-bit ARM, where it is always there: 4 floats, 32 registers.
+#include "common.h"
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#define FS_NS neon
+#define FS_NAME "neon"
+
+namespace fastsparse {
+namespace FS_NS {
+
+struct V {
+    static constexpr int W = 4, max_spmm = 14, max_sddmm = 14;
+    float32x4_t v;
+    static V zero() { return {vdupq_n_f32(0.f)}; }
+    static V set1(float a) { return {vdupq_n_f32(a)}; }
+    static V load(const float* p) { return {vld1q_f32(p)}; }
+    static V gather(const float* p, const i32* i) {
+        const float t[4] = {p[i[0]], p[i[1]], p[i[2]], p[i[3]]};
+        return {vld1q_f32(t)};
+    }
+    static void store(float* p, V a) { vst1q_f32(p, a.v); }
+    static V add(V a, V b) { return {vaddq_f32(a.v, b.v)}; }
+    static V mul(V a, V b) { return {vmulq_f32(a.v, b.v)}; }
+    static V fma(V a, V b, V c) { return {vfmaq_f32(c.v, a.v, b.v)}; }
+    static V reduce(const float* b) {
+        return {vpaddq_f32(vpaddq_f32(vld1q_f32(b), vld1q_f32(b + 4)), vpaddq_f32(vld1q_f32(b + 8), vld1q_f32(b + 12)))};
+    }
+    static void transpose(V* t) {
+        const float32x4x2_t a = vtrnq_f32(t[0].v, t[1].v), b = vtrnq_f32(t[2].v, t[3].v);
+        t[0].v = vcombine_f32(vget_low_f32(a.val[0]), vget_low_f32(b.val[0]));
+        t[1].v = vcombine_f32(vget_low_f32(a.val[1]), vget_low_f32(b.val[1]));
+        t[2].v = vcombine_f32(vget_high_f32(a.val[0]), vget_high_f32(b.val[0]));
+        t[3].v = vcombine_f32(vget_high_f32(a.val[1]), vget_high_f32(b.val[1]));
+    }
+};
+
+#include "micro.h"
+}  // namespace FS_NS
+
+const Isa* isa_neon() { return &neon::isa; }
+}  // namespace fastsparse
+#else
+namespace fastsparse { const Isa* isa_neon() { return nullptr; } }
+#endif

@@ -1,0 +1,35 @@
+// The reference: plain C++ on four floats at a time, for any machine.
+#include "common.h"
+#define FS_NS scalar
+#define FS_NAME "scalar"
+
+namespace fastsparse {
+namespace FS_NS {
+
+struct V {
+    static constexpr int W = 4, max_spmm = 4, max_sddmm = 4;
+    float f[4];
+    static V zero() { return {{0, 0, 0, 0}}; }
+    static V set1(float a) { return {{a, a, a, a}}; }
+    static V load(const float* p) { return {{p[0], p[1], p[2], p[3]}}; }
+    static V gather(const float* p, const i32* i) { return {{p[i[0]], p[i[1]], p[i[2]], p[i[3]]}}; }
+    static void store(float* p, V a) { for (int i = 0; i < 4; ++i) p[i] = a.f[i]; }
+    static V add(V a, V b) { for (int i = 0; i < 4; ++i) a.f[i] += b.f[i]; return a; }
+    static V mul(V a, V b) { for (int i = 0; i < 4; ++i) a.f[i] *= b.f[i]; return a; }
+    static V fma(V a, V b, V c) { for (int i = 0; i < 4; ++i) c.f[i] += a.f[i] * b.f[i]; return c; }
+    static V reduce(const float* b) {
+        V s;
+        for (int i = 0; i < 4; ++i) s.f[i] = (b[4 * i] + b[4 * i + 2]) + (b[4 * i + 1] + b[4 * i + 3]);
+        return s;
+    }
+    static void transpose(V* t) {
+        for (int i = 0; i < 4; ++i)
+            for (int j = 0; j < i; ++j) { const float a = t[i].f[j]; t[i].f[j] = t[j].f[i]; t[j].f[i] = a; }
+    }
+};
+
+#include "micro.h"
+}  // namespace FS_NS
+
+const Isa* isa_scalar() { return &scalar::isa; }
+}  // namespace fastsparse

@@ -1,0 +1,203 @@
+// The micro-kernels, written once over a vector type V and included in one namespace per ISA.
+// Nothing from the standard library is called here: an inline function compiled for a wide ISA must not
+// become the copy that the linker keeps for everybody.
+
+// Kernel on one row's nonzeros, tile in registers. Narrow tiles keep several partial tiles, to hide the latency of the fma.
+template <int TR, int TC, bool UNIT> struct Tile {
+    static constexpr int N = TR * TC, W = V::W;
+    static constexpr int U = N >= 8 ? 1 : N >= 4 ? 2 : 4;
+    static inline i64 at(const i64 row, const i64 col, int r, int c) { return r * row + c * (UNIT ? (i64)W : col); }
+};
+
+template <int TR, int TC, bool UNIT> static void spmm(const SpmmArgs& a) {
+    using T = Tile<TR, TC, UNIT>;
+    constexpr int N = T::N, U = T::U;
+    const i64 scale = a.scale, xrow = a.xrow, xcol = a.xcol;
+    for (const Seg *s = a.segs, *e = s + a.nseg; s != e; ++s) {
+        float* y = a.y + s->row * a.ypitch;
+        const i32* idx = a.idx + s->start;
+        const float* val = a.val + s->start;
+        V acc[U][N];
+        const V init = V::set1(a.first && a.bias ? a.bias[s->row] : 0.f);
+#pragma GCC unroll 4
+        for (int u = 0; u < U; ++u)
+#pragma GCC unroll 16
+            for (int i = 0; i < N; ++i) acc[u][i] = u ? V::zero() : init;
+        if (!a.first)
+#pragma GCC unroll 16
+            for (int i = 0; i < N; ++i) acc[0][i] = V::load(y + (i / TC) * a.yrow + (i % TC) * a.ycol);
+        i64 k = 0;
+        const i64 n = s->n;
+        for (; k + U <= n; k += U)
+#pragma GCC unroll 4
+            for (int u = 0; u < U; ++u) {
+                const V b = V::set1(val[k + u]);
+                const float* p = a.x + idx[k + u] * scale;
+#pragma GCC unroll 16
+                for (int i = 0; i < N; ++i) acc[u][i] = V::fma(b, V::load(p + T::at(xrow, xcol, i / TC, i % TC)), acc[u][i]);
+            }
+        if (U > 1)
+            for (; k < n; ++k) {
+                const V b = V::set1(val[k]);
+                const float* p = a.x + idx[k] * scale;
+#pragma GCC unroll 16
+                for (int i = 0; i < N; ++i) acc[0][i] = V::fma(b, V::load(p + T::at(xrow, xcol, i / TC, i % TC)), acc[0][i]);
+            }
+#pragma GCC unroll 16
+        for (int i = 0; i < N; ++i) {
+            V sum = acc[0][i];
+#pragma GCC unroll 4
+            for (int u = 1; u < U; ++u) sum = V::add(sum, acc[u][i]);
+            V::store(y + (i / TC) * a.yrow + (i % TC) * a.ycol, sum);
+        }
+    }
+}
+
+// Sums of the W vectors in buf go to dv[0..n).
+static inline void flush(const float* buf, float* dv, i64 n, bool add) {
+    V s = V::reduce(buf);
+    if (n == V::W) { V::store(dv, add ? V::add(V::load(dv), s) : s); return; }
+    alignas(64) float tmp[V::W];
+    V::store(tmp, s);
+    for (i64 i = 0; i < n; ++i) dv[i] = add ? dv[i] + tmp[i] : tmp[i];
+}
+
+// The gradient's tile stays in registers while the row's nonzeros run; their partial sums are reduced W at a time, across rows.
+template <int TR, int TC, bool UNIT> static void sddmm(const SddmmArgs& a) {
+    using T = Tile<TR, TC, UNIT>;
+    constexpr int N = T::N, W = V::W;
+    if (!a.nseg) return;
+    const i64 scale = a.scale, xrow = a.xrow, xcol = a.xcol;
+    alignas(64) float buf[W * W];
+    for (int i = 0; i < W * W; ++i) buf[i] = 0.f;
+    float* dv = a.dv + a.segs->start;
+    int fill = 0;
+    for (const Seg *s = a.segs, *e = s + a.nseg; s != e; ++s) {
+        const float* y = a.y + s->row * a.ypitch;
+        V g[N];
+#pragma GCC unroll 16
+        for (int i = 0; i < N; ++i) g[i] = V::load(y + (i / TC) * a.yrow + (i % TC) * a.ycol);
+        const i32* idx = a.idx + s->start;
+        for (const i32* end = idx + s->n; idx != end; ++idx) {
+            const float* p = a.x + *idx * scale;
+            V acc = V::mul(g[0], V::load(p)), odd = V::zero();
+#pragma GCC unroll 16
+            for (int i = 1; i < N; ++i) {
+                V& t = i % 2 ? odd : acc;
+                t = V::fma(g[i], V::load(p + T::at(xrow, xcol, i / TC, i % TC)), t);
+            }
+            V::store(buf + W * fill, N > 1 ? V::add(acc, odd) : acc);
+            if (++fill == W) { flush(buf, dv, W, a.add); dv += W; fill = 0; }
+        }
+    }
+    if (fill) flush(buf, dv, fill, a.add);
+}
+
+static void pack(const float* src, i64 src_pitch, i64 rows, i64 cols, float* dst, i64 dst_pitch, const i32* off) {
+    constexpr int W = V::W;
+    V t[W];
+    alignas(64) float edge[W];
+    for (i64 r = 0; r < rows; r += W) {
+        const i64 nr = rows - r < W ? rows - r : W;
+        for (i64 c = 0; c < cols; c += W) {
+            const i64 nc = cols - c < W ? cols - c : W;
+            const float* s = src + r * src_pitch + c;
+            if (nr == W && nc == W)
+#pragma GCC unroll 16
+                for (int i = 0; i < W; ++i) t[i] = V::load(s + i * src_pitch);
+            else
+                for (int i = 0; i < W; ++i) {
+                    for (int j = 0; j < W; ++j) edge[j] = i < nr && j < nc ? s[i * src_pitch + j] : 0.f;
+                    t[i] = V::load(edge);
+                }
+            V::transpose(t);
+            if (off)
+                for (i64 j = 0; j < nc; ++j) V::store(dst + off[c + j] + r, t[j]);
+            else
+                for (i64 j = 0; j < nc; ++j) V::store(dst + (c + j) * dst_pitch + r, t[j]);
+        }
+    }
+}
+
+static void unpack(const float* src, i64 src_pitch, i64 rows, i64 cols, float* dst, i64 dst_pitch) {
+    constexpr int W = V::W;
+    V t[W];
+    alignas(64) float edge[W];
+    for (i64 r = 0; r < rows; r += W) {
+        const i64 nr = rows - r < W ? rows - r : W;
+        for (i64 c = 0; c < cols; c += W) {
+            const i64 nc = cols - c < W ? cols - c : W;
+            const float* s = src + r * src_pitch + c;
+            float* d = dst + c * dst_pitch + r;
+            for (int i = 0; i < W; ++i) t[i] = i < nr ? V::load(s + i * src_pitch) : V::zero();
+            V::transpose(t);
+            if (nr == W)
+                for (i64 j = 0; j < nc; ++j) V::store(d + j * dst_pitch, t[j]);
+            else
+                for (i64 j = 0; j < nc; ++j) {
+                    V::store(edge, t[j]);
+                    for (i64 i = 0; i < nr; ++i) d[j * dst_pitch + i] = edge[i];
+                }
+        }
+    }
+}
+
+static void spmv(const float* x, const i32* idx, const float* val, const Seg* segs, i64 nseg, const float* bias, float* y) {
+    constexpr int W = V::W;
+    alignas(64) float buf[W * W];
+    for (i64 s = 0; s < nseg; ++s) {
+        const i32* ix = idx + segs[s].start;
+        const float* v = val + segs[s].start;
+        const i64 n = segs[s].n;
+        float sum = 0.f;
+        i64 k = 0;
+        if (n >= W) {
+            V acc = V::zero();
+            for (; k + W <= n; k += W) acc = V::fma(V::load(v + k), V::gather(x, ix + k), acc);
+            V::store(buf, acc);
+            for (int i = 0; i < W; ++i) sum += buf[i];
+        }
+        for (; k < n; ++k) sum += v[k] * x[ix[k]];
+        y[segs[s].row] = sum + (bias ? bias[segs[s].row] : 0.f);
+    }
+}
+
+static void outer(const float* x, const i32* idx, const Seg* segs, i64 nseg, const float* g, float* dv, bool add) {
+    constexpr int W = V::W;
+    for (i64 s = 0; s < nseg; ++s) {
+        const i32* ix = idx + segs[s].start;
+        float* d = dv + segs[s].start;
+        const float gs = g[segs[s].row];
+        const V gv = V::set1(gs);
+        i64 k = 0;
+        for (; k + W <= segs[s].n; k += W) {
+            const V xs = V::gather(x, ix + k);
+            V::store(d + k, add ? V::fma(gv, xs, V::load(d + k)) : V::mul(gv, xs));
+        }
+        for (; k < segs[s].n; ++k) d[k] = (add ? d[k] : 0.f) + gs * x[ix[k]];
+    }
+}
+
+static void gather(const float* src, const uint32_t* perm, i64 n, float* dst) {
+    for (i64 k = 0; k < n; ++k) dst[k] = src[perm[k]];
+}
+
+static void accumulate(const float* src, i64 n, float* dst) {
+    i64 i = 0;
+    for (; i + V::W <= n; i += V::W) V::store(dst + i, V::add(V::load(dst + i), V::load(src + i)));
+    for (; i < n; ++i) dst[i] += src[i];
+}
+
+template <int TR, int TC, bool UNIT> struct Make {
+    static constexpr Kernel spmm(const char* dt) { return {"spmm", dt, TR, TC, UNIT, &FS_NS::spmm<TR, TC, UNIT>, nullptr}; }
+    static constexpr Kernel sddmm(const char* dt) { return {"sddmm", dt, TR, TC, UNIT, nullptr, &FS_NS::sddmm<TR, TC, UNIT>}; }
+};
+
+static constexpr Kernel table[] = {
+#define KERNEL(op, dtype, tr, tc, unit) Make<tr, tc, unit>::op(#dtype),
+#include "kernels.inc"
+#undef KERNEL
+};
+
+static constexpr Isa isa = {FS_NAME, V::W, V::max_spmm, V::max_sddmm, table, sizeof(table) / sizeof(table[0]),
+                        &pack, &unpack, &spmv, &outer, &gather, &accumulate};

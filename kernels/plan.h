@@ -1,0 +1,67 @@
+// A plan is what one mask costs once: both orientations of its structure, ready for the kernels.
+#pragma once
+#include "common.h"
+
+namespace fastsparse {
+
+// Compressed rows. Entry k of row r is indptr[r] <= k < indptr[r+1]; columns ascend within a row.
+struct Csr {
+    i64 rows = 0, cols = 0;
+    std::vector<i64> indptr;
+    std::vector<i32> idx;
+    std::vector<Seg> segs;        // one per row
+    std::vector<uint32_t> perm;   // entry -> canonical position; empty means the identity
+    i64 nnz() const { return i64(idx.size()); }
+    void make_segs();
+};
+
+Csr checked_csr(const i64* indptr, i64 n_indptr, const i32* idx, i64 nnz, i64 rows, i64 cols);
+Csr transposed(const Csr& a);
+
+class LinearPlan {
+public:
+    LinearPlan(const i64* indptr, i64 n_indptr, const i32* idx, i64 nnz, i64 rows, i64 cols);
+    i64 rows() const { return w_.rows; }
+    i64 cols() const { return w_.cols; }
+    i64 nnz() const { return w_.nnz(); }
+    void forward(const float* x, i64 batch, const float* values, const float* bias, float* out, int threads) const;
+    // Either gradient may be null; computed together they share one packed copy of dy.
+    void backward(const float* x, const float* dy, i64 batch, const float* values, float* dx, float* dvalues, int threads) const;
+private:
+    Csr w_, wt_;
+};
+
+struct ConvShape {
+    i64 oc, icg, kh, kw, sh, sw, pt, pb, pl, pr, dh, dw, groups;
+    i64 ic() const { return icg * groups; }
+    i64 taps() const { return kh * kw; }
+    i64 out_h(i64 h) const { return span(h + pt + pb, (kh - 1) * dh + 1, sh); }
+    i64 out_w(i64 w) const { return span(w + pl + pr, (kw - 1) * dw + 1, sw); }
+private:
+    static i64 span(i64 n, i64 k, i64 s) { return n < k ? 0 : (n - k) / s + 1; }
+};
+
+enum class Layout { automatic, planes, batch };
+
+struct Gather;  // one direction of a convolution for one image size
+
+class Conv2dPlan {
+public:
+    Conv2dPlan(const i64* indptr, i64 n_indptr, const i32* idx, i64 nnz, const ConvShape& s, Layout layout);
+    ~Conv2dPlan();
+    const ConvShape& shape() const { return s_; }
+    i64 nnz() const { return w_.nnz(); }
+    Layout layout(i64 n, i64 h, i64 w) const;
+    void forward(const float* x, i64 n, i64 h, i64 w, const float* values, const float* bias, float* out, int threads) const;
+    void backward_input(const float* dy, i64 n, i64 h, i64 w, const float* values, float* dx, int threads) const;
+    void backward_weight(const float* x, const float* dy, i64 n, i64 h, i64 w, float* dvalues, int threads) const;
+private:
+    std::shared_ptr<const Gather> gather(bool backward, i64 h, i64 w, int width, bool planes) const;
+    ConvShape s_;
+    Layout layout_;
+    Csr w_, wt_;                      // wt_ rows are (phase, input channel)
+    mutable std::mutex lock_;
+    mutable std::vector<std::shared_ptr<const Gather>> cache_;
+};
+
+}  // namespace fastsparse

@@ -1,0 +1,319 @@
+"Kernels against dense float64 PyTorch, on every instruction set of the machine."
+import os, subprocess, sys
+import numpy as np, pytest, torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings, strategies as st
+from fastsparse import kernels as K
+
+pytestmark = pytest.mark.skipif(not K.kernels_available(), reason=K.why_not())
+isas = K.available_isas()
+quick = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+@pytest.fixture(params=isas)
+def isa(request):
+    before = K.isa()
+    K.set_isa(request.param)
+    yield request.param
+    K.set_isa(before)
+
+def randn(rng, *shape): return rng.standard_normal(shape, dtype=np.float32)
+
+def sparse(rng, density, *shape):
+    "A weight and its mask; some active weights are zero"
+    m = rng.random(shape) < density
+    w = randn(rng, *shape) * m
+    if m.any(): w[tuple(np.argwhere(m)[0])] = 0
+    return w, m
+
+def near(got, want, terms):
+    "Within the rounding of a float32 sum of `terms` products"
+    want = np.asarray(want)
+    assert got.shape == want.shape
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=2e-6 * max(terms, 1)**.5 * 8)
+
+def empty(*shape): return np.full(shape, np.nan, np.float32)
+
+def run_linear(w, m, x, dy, bias, **kw):
+    p, v = K.LinearPlan.from_mask(m), w[m]
+    out, dx, dv = empty(x.shape[0], w.shape[0]), empty(*x.shape), empty(p.nnz)
+    p.forward(x, v, bias, out, **kw)
+    p.backward(x, dy, v, dx, dv, **kw)
+    return out, dx, dv
+
+def check_linear(w, m, x, dy, bias):
+    out, dx, dv = run_linear(w, m, x, dy, bias)
+    x, w, dy = (a.astype(np.float64) for a in (x, w, dy))
+    near(out, x @ w.T + (0 if bias is None else bias), w.shape[1])
+    near(dx, dy @ w, w.shape[0])
+    near(dv, (dy.T @ x)[m], x.shape[0])
+
+@quick
+@given(st.data())
+def test_linear_drawn(isa, data):
+    draw = data.draw
+    b, i, o = draw(st.integers(0, 130)), draw(st.integers(1, 90)), draw(st.integers(1, 90))
+    density = draw(st.sampled_from([0, .01, .1, .5, 1]))
+    rng = np.random.default_rng(draw(st.integers(0, 999)))
+    w, m = sparse(rng, density, o, i)
+    check_linear(w, m, randn(rng, b, i), randn(rng, b, o), randn(rng, o) if draw(st.booleans()) else None)
+
+@pytest.mark.parametrize('b,i,o,density', [(128, 300, 200, .1), (257, 1000, 70, .02), (513, 64, 500, .3), (64, 2048, 33, .05), (1, 700, 300, .1), (33, 3000, 40, .3)])
+def test_linear_larger(isa, b, i, o, density):
+    rng = np.random.default_rng(0)
+    w, m = sparse(rng, density, o, i)
+    check_linear(w, m, randn(rng, b, i), randn(rng, b, o), randn(rng, o))
+
+def run_conv(w, m, x, dy, bias, threads=None, **kw):
+    p, v = K.Conv2dPlan.from_mask(m, **kw), w[m]
+    out, dx, dv = empty(*dy.shape), empty(*x.shape), empty(p.nnz)
+    p.forward(x, v, bias, out, threads=threads)
+    p.backward(x, dy, v, dx, dv, threads=threads)
+    return out, dx, dv
+
+def conv64(w, x, dy, bias, stride, padding, dilation, groups):
+    "Output and gradients by dense PyTorch in float64"
+    x, w = (torch.tensor(a, dtype=torch.float64, requires_grad=True) for a in (x, w))
+    t, b, l, r = padding
+    y = F.conv2d(F.pad(x, (l, r, t, b)), w, None if bias is None else torch.tensor(bias, dtype=torch.float64), stride, 0, dilation, groups)
+    y.backward(torch.tensor(dy, dtype=torch.float64))
+    return y.detach().numpy(), x.grad.numpy(), w.grad.numpy()
+
+def check_conv(rng, n, h, w, cin, cout, k, density=.3, stride=(1,1), padding=(0,0,0,0), dilation=(1,1), groups=1, bias=True, layout=None):
+    wt, m = sparse(rng, density, cout, cin//groups, *k)
+    kw = dict(stride=stride, padding=padding, dilation=dilation, groups=groups)
+    oh, ow = K.Conv2dPlan.from_mask(m, **kw).out_size(h, w)
+    x, dy, b = randn(rng, n, cin, h, w), randn(rng, n, cout, oh, ow), randn(rng, cout) if bias else None
+    out, dx, dv = run_conv(wt, m, x, dy, b, layout=layout, **kw)
+    y64, dx64, dw64 = conv64(wt, x, dy, b, **kw)
+    near(out, y64, cin*k[0]*k[1])
+    near(dx, dx64, cout*k[0]*k[1])
+    near(dv, dw64[m], n*oh*ow)
+
+@pytest.mark.parametrize('layout', [None, 'planes', 'batch'])
+@quick
+@given(st.data())
+def test_conv_drawn(isa, layout, data):
+    draw = data.draw
+    def pair(lo, hi): return draw(st.integers(lo, hi)), draw(st.integers(lo, hi))
+    k, stride, dilation, groups = pair(1, 4), pair(1, 3), pair(1, 3), draw(st.sampled_from([1, 1, 2, 4]))
+    padding = pair(0, 4) + pair(0, 4)
+    h = max(1, dilation[0]*(k[0]-1) + 1 - sum(padding[:2])) + draw(st.integers(0, 12))
+    w = max(1, dilation[1]*(k[1]-1) + 1 - sum(padding[2:])) + draw(st.integers(0, 30))
+    rng = np.random.default_rng(draw(st.integers(0, 999)))
+    check_conv(rng, draw(st.integers(0, 35)), h, w, groups*draw(st.integers(1, 5)), groups*draw(st.integers(1, 5)), k,
+               draw(st.sampled_from([0, .05, .3, 1])), stride, padding, dilation, groups, draw(st.booleans()), layout)
+
+@pytest.mark.parametrize('layout', ['planes', 'batch'])
+@pytest.mark.parametrize('n,h,w,cin,cout,k,stride,pad', [
+    (18, 28, 28, 20, 70, 3, 1, 1), (16, 7, 7, 70, 90, 3, 1, 1), (3, 56, 56, 8, 10, 3, 1, 1), (17, 28, 28, 24, 40, 3, 2, 1), (20, 14, 14, 80, 66, 1, 1, 0), (2, 65, 63, 3, 9, 7, 2, 3)])
+def test_conv_larger(isa, layout, n, h, w, cin, cout, k, stride, pad):
+    check_conv(np.random.default_rng(1), n, h, w, cin, cout, (k, k), .1, (stride, stride), (pad,)*4, layout=layout)
+
+# What SparseProp gets wrong
+
+@pytest.mark.parametrize('n', [1, 3, 7, 9, 12, 20])
+def test_sparseprop_batch_not_divisible_by_8(isa, n):
+    check_conv(np.random.default_rng(2), n, 8, 8, 4, 6, (3, 3), padding=(1,)*4)
+
+def test_sparseprop_groups(isa): check_conv(np.random.default_rng(3), 9, 8, 8, 6, 9, (3, 3), groups=3, density=.5)
+
+def test_sparseprop_depthwise(isa): check_conv(np.random.default_rng(3), 9, 8, 8, 6, 6, (3, 3), groups=6, density=.5)
+
+def test_sparseprop_dilation(isa): check_conv(np.random.default_rng(4), 9, 12, 13, 4, 6, (3, 3), dilation=(2, 3))
+
+def test_sparseprop_rectangular_kernel(isa): check_conv(np.random.default_rng(5), 9, 12, 13, 4, 6, (1, 5), padding=(0, 0, 2, 2))
+
+def test_sparseprop_asymmetric_padding(isa): check_conv(np.random.default_rng(6), 9, 8, 8, 4, 6, (4, 2), padding=(2, 1, 0, 1))
+
+def test_sparseprop_more_than_32767_nonzeros_per_output_channel(isa):
+    check_conv(np.random.default_rng(7), 2, 3, 3, 4000, 2, (3, 3), density=1, padding=(1,)*4)
+    rng = np.random.default_rng(7)
+    w, m = sparse(rng, 1, 2, 40000)
+    check_linear(w, m, randn(rng, 3, 40000), randn(rng, 3, 2), None)
+
+def test_sparseprop_zero_valued_active_weights_survive(isa):
+    rng = np.random.default_rng(8)
+    m = rng.random((20, 30)) < .2
+    w, x, dy = np.zeros((20, 30), np.float32), randn(rng, 16, 30), randn(rng, 16, 20)
+    out, dx, dv = run_linear(w, m, x, dy, None)
+    assert not out.any() and not dx.any() and dv.shape == (m.sum(),)
+    near(dv, (dy.T.astype(np.float64) @ x)[m], 16)
+
+@pytest.mark.parametrize('dtype', [np.float64, np.float16, np.uint16, np.int32])
+def test_sparseprop_other_dtypes_are_refused(isa, dtype):
+    p = K.LinearPlan.from_mask(np.eye(4))
+    with pytest.raises(TypeError, match='float32'): p.forward(np.ones((2, 4), dtype), np.ones(4, np.float32), None, empty(2, 4))
+    with pytest.raises(TypeError, match='float32'): p.forward(np.ones((2, 4), np.float32), np.ones(4, dtype), None, empty(2, 4))
+
+def test_sparseprop_no_foreign_top_level_module():
+    code = 'import fastsparse.kernels, sys; assert "backend" not in sys.modules'
+    subprocess.run([sys.executable, '-c', code], check=True)
+
+# Special values
+
+def test_inf_and_nan_pass_through_at_the_nonzeros(isa):
+    rng = np.random.default_rng(9)
+    w, m = sparse(rng, 1, 9, 12)
+    x, dy = randn(rng, 20, 12), randn(rng, 20, 9)
+    x[3, 4], x[5, 6], dy[7, 8] = np.inf, np.nan, -np.inf
+    w[w == 0] = 1
+    out, dx, dv = run_linear(w, m, x, dy, None)
+    with np.errstate(invalid='ignore'): want = x@w.T, dy@w, (dy.T@x)[m]
+    for got, ref in zip((out, dx, dv), want): np.testing.assert_allclose(got, ref, rtol=1e-3, atol=1e-4)
+
+@pytest.mark.parametrize('bad', [np.inf, np.nan])
+def test_masked_positions_contribute_nothing(isa, bad):
+    rng = np.random.default_rng(10)
+    m = np.ones((5, 6), bool); m[:, 2] = False; m[1] = False
+    w, x, dy = randn(rng, 5, 6)*m, randn(rng, 18, 6), randn(rng, 18, 5)
+    x[:, 2], dy[:, 1] = bad, bad
+    out, dx, dv = run_linear(w, m, x, dy, None)
+    assert np.isfinite(out).all() and np.isfinite(dx).all() and np.isfinite(dv).all() and not out[:, 1].any()
+
+@pytest.mark.parametrize('layout', ['planes', 'batch'])
+def test_inf_in_an_image_reaches_only_its_own_pixels(isa, layout):
+    rng = np.random.default_rng(11)
+    w, m = sparse(rng, 1, 3, 2, 3, 3)
+    w[w == 0] = 1
+    x, dy = randn(rng, 5, 2, 6, 7), randn(rng, 5, 3, 6, 7)
+    x[2, 1, 3, 3] = np.inf
+    out, _, _ = run_conv(w, m, x, dy, None, padding=(1,)*4, layout=layout)
+    bad = np.zeros(out.shape, bool); bad[2, :, 2:5, 2:5] = True
+    assert (np.isfinite(out) == ~bad).all()
+
+def test_denormals_are_not_flushed(isa):
+    x, w = np.full((17, 1), 1e-40, np.float32), np.ones((3, 1), np.float32)
+    out, dx, dv = run_linear(w, w != 0, x, np.ones((17, 3), np.float32), None)
+    assert (out == x).all() and (dv > 0).all()
+
+# Repeatable
+
+@pytest.mark.parametrize('layout', ['planes', 'batch'])
+def test_same_bits_for_any_number_of_threads(isa, layout):
+    rng = np.random.default_rng(12)
+    w, m = sparse(rng, .1, 40, 20, 3, 3)
+    x, dy = randn(rng, 37, 20, 15, 15), randn(rng, 37, 40, 15, 15)
+    one, two, three = (run_conv(w, m, x, dy, None, padding=(1,)*4, layout=layout, threads=t) for t in (1, 2, 3))
+    for a, b, c in zip(one, two, three): assert a.tobytes() == b.tobytes() == c.tobytes()
+    w, m = sparse(rng, .1, 300, 200)
+    args = w, m, randn(rng, 200, 200), randn(rng, 200, 300), None
+    one, two, again = (run_linear(*args, threads=t) for t in (1, 2, 2))
+    for a, b, c in zip(one, two, again): assert a.tobytes() == b.tobytes() == c.tobytes()
+
+def test_one_openmp_runtime_and_torch_governs_it():
+    code = '''
+import torch, numpy as np
+from fastsparse import kernels as K
+torch.set_num_threads(2); torch.ones(1000, 1000) @ torch.ones(1000, 1000)
+assert K.threading().startswith('openmp'), K.threading()
+assert K.max_threads() == 2
+p = K.LinearPlan.from_mask(np.ones((500, 500)))
+x, out = np.ones((300, 500), np.float32), np.empty((300, 500), np.float32)
+p.forward(x, np.ones(p.nnz, np.float32), None, out)
+torch.set_num_threads(1)
+assert K.max_threads() == 1
+maps = {l.split()[-1] for l in open('/proc/self/maps') if any(n in l for n in ('libgomp', 'libomp', 'libiomp'))}
+assert len(maps) == 1, maps
+'''
+    subprocess.run([sys.executable, '-c', code], check=True)
+
+def test_serial_without_openmp():
+    code = '''
+from fastsparse import _kernels
+assert 'torch' not in __import__('sys').modules
+assert _kernels.threading().startswith('serial') and _kernels.max_threads() == 1
+'''
+    env = os.environ | {'PYTHONPATH': '.'}
+    code = "import sys, types, importlib.machinery\npkg = types.ModuleType('fastsparse'); pkg.__path__ = ['fastsparse']; sys.modules['fastsparse'] = pkg\n" + code
+    subprocess.run([sys.executable, '-c', code], check=True, env=env)
+
+# Which instructions
+
+@pytest.mark.parametrize('name', isas)
+def test_the_environment_forces_an_isa(name):
+    code = 'from fastsparse import kernels as K; print(K.isa())'
+    r = subprocess.run([sys.executable, '-c', code], check=True, capture_output=True, text=True, env=os.environ | {'FASTSPARSE_ISA': name})
+    assert r.stdout.split()[-1] == name
+
+def test_an_isa_that_is_missing_is_a_clear_error():
+    with pytest.raises(ValueError, match="'sse9' is not available"): K.set_isa('sse9')
+
+def test_every_kernel_is_in_the_table():
+    t = K.kernel_table()
+    assert {k['isa'] for k in t} == set(isas)
+    per = {i: sum(k['isa'] == i for k in t) for i in isas}
+    assert len(set(per.values())) == 1
+
+@pytest.mark.parametrize('unit', [True, False])
+@pytest.mark.parametrize('tile', sorted({k['tile'] for k in K.kernel_table()}))
+def test_every_tile(isa, tile, unit):
+    "An image as wide and as high as the tile, so that each kernel of the table runs"
+    h, w = tile
+    s = 1 if unit else 2
+    check_conv(np.random.default_rng(13), 20, s*h, s*w, 5, 6, (1, 1), .4, (s, s))
+
+# Wrong arguments
+
+def linear_args(): return np.array([0, 2, 3], np.int64), np.array([0, 2, 1], np.int32), 2, 3
+
+@pytest.mark.parametrize('change,error,text', [
+    (dict(indptr=np.array([0, 2], np.int64)), ValueError, 'rows\\+1'),
+    (dict(indptr=np.array([0, 4, 3], np.int64)), ValueError, 'decreases'),
+    (dict(indptr=np.array([1, 2, 3], np.int64)), ValueError, 'expected 0'),
+    (dict(indptr=np.array([0, 2, 9], np.int64)), ValueError, 'expected nnz'),
+    (dict(indptr=np.array([0, -5, 3], np.int64)), ValueError, 'decreases'),
+    (dict(indptr=np.array([0, 2, 3], np.int32)), TypeError, 'int64'),
+    (dict(indices=np.array([0, 3, 1], np.int32)), IndexError, 'outside'),
+    (dict(indices=np.array([0, -1, 1], np.int32)), IndexError, 'outside'),
+    (dict(indices=np.array([2, 0, 1], np.int32)), ValueError, 'ascend'),
+    (dict(indices=np.array([2, 2, 1], np.int32)), ValueError, 'duplicates'),
+    (dict(indices=np.array([0, 2, 1], np.int64)), TypeError, 'int32'),
+    (dict(indices=np.array([[0, 2, 1]], np.int32)), ValueError, 'dimensions'),
+    (dict(indices=np.arange(6, dtype=np.int32)[::2]), ValueError, 'contiguous'),
+    (dict(n_rows=-1), ValueError, 'rows\\+1|negative|32-bit'),
+    (dict(n_cols=2**40), OverflowError, '32-bit'),
+])
+def test_a_wrong_structure_is_an_error(change, error, text):
+    args = dict(zip(('indptr', 'indices', 'n_rows', 'n_cols'), linear_args())) | change
+    with pytest.raises((error, OverflowError) if 'n_rows' in change else error, match=text): K.LinearPlan(**args)
+
+def call(**change):
+    a = dict(x=np.ones((4, 3), np.float32), values=np.ones(3, np.float32), bias=None, out=empty(4, 2)) | change
+    K.LinearPlan(*linear_args()).forward(**a)
+
+@pytest.mark.parametrize('change,error,text', [
+    (dict(x=np.ones((4, 4), np.float32)), ValueError, 'shape'),
+    (dict(x=np.ones(3, np.float32)), ValueError, 'dimensions'),
+    (dict(x=np.ones((4, 6), np.float32)[:, ::2]), ValueError, 'contiguous'),
+    (dict(x=np.ones((4, 3), '>f4')), TypeError, 'float32'),
+    (dict(values=np.ones(4, np.float32)), ValueError, 'shape'),
+    (dict(bias=np.ones(3, np.float32)), ValueError, 'shape'),
+    (dict(out=empty(4, 3)), ValueError, 'shape'),
+    (dict(out=np.empty((4, 2))), TypeError, 'float32'),
+    (dict(out=None), TypeError, None),
+    (dict(x=None), TypeError, None),
+    (dict(x=[[1., 2., 3.]]), TypeError, None),
+    (dict(threads=0), ValueError, 'threads'),
+])
+def test_a_wrong_argument_is_an_error(change, error, text):
+    with pytest.raises(error, match=text): call(**change)
+
+def test_a_read_only_output_is_an_error():
+    out = empty(4, 2); out.flags.writeable = False
+    with pytest.raises(ValueError, match='read-only'): call(out=out)
+
+@pytest.mark.parametrize('change', [dict(stride=(0, 1)), dict(dilation=(1, 0)), dict(padding=(-1, 0, 0, 0)), dict(groups=0), dict(groups=3), dict(layout='diagonal')])
+def test_wrong_convolution_arguments_are_errors(change):
+    with pytest.raises(ValueError): K.Conv2dPlan.from_mask(np.ones((4, 2, 3, 3)), **change)
+
+def test_sizes_beyond_32_bits_are_errors():
+    with pytest.raises(OverflowError): K.Conv2dPlan(np.zeros(2, np.int64), np.empty(0, np.int32), 1, 2**31, 1, 1)
+    with pytest.raises(OverflowError): K.Conv2dPlan(np.zeros(2, np.int64), np.empty(0, np.int32), 1, 2**20, 2**10, 2**10)
+
+def test_degenerate_sizes(isa):
+    for o, i, b in [(0, 5, 3), (5, 0, 3), (0, 0, 3), (5, 4, 0)]:
+        p = K.LinearPlan.from_mask(np.zeros((o, i)))
+        out, dx = empty(b, o), empty(b, i)
+        p.forward(np.ones((b, i), np.float32), np.empty(0, np.float32), None, out)
+        p.backward(np.ones((b, i), np.float32), np.ones((b, o), np.float32), np.empty(0, np.float32), dx, np.empty(0, np.float32))
+        assert not out.any() and not dx.any()
