@@ -7,6 +7,7 @@ _public = dict(
     distribution='uniform_sparsity first_layer_dense_uniform erdos_renyi_sparsity',
     score='weight_magnitude gradient_magnitude gradient_momentum random_score momentum_redistribution dense_grad',
     topology='sparsify_model sparse_params sparseable_params add_mask_hooks apply_masks SparseHooks',
+    checkpoint='load_sparse_model load_sparse_state save_checkpoint CheckpointCallback ResumeCallback',
     callback='DynamicSparseTrainingCallback SET_presets SNFS_presets RigL_presets Sparsity EverActive')
 _home = {name: module for module,names in _public.items() for name in names.split()}
 __all__ = list(_home)

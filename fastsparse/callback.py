@@ -36,24 +36,24 @@ def dl_batch_sizes(
     if n_batches and n is not None and not dl.drop_last and 0 < n - bs*(n_batches-1) < bs: sizes[-1] = n - bs*(n_batches-1)
     return sizes
 
-# %% ../nbs/07_callback.ipynb #2ff47371
+# %% ../nbs/07_callback.ipynb #d0941f19
 def _lend(p, opt, dense):
     "Put the dense slots in place of the visible ones, which stay the authority on the mask."
-    state,idx = opt_state(opt, p.param),p.mask.flatten().nonzero().squeeze(1)
+    state,idx = opt_state(opt, p.param),p.mask.nonzero(as_tuple=True)
     for k in [k for k in dense if k in state]:
-        dense[k].view(-1)[idx] = state[k].view(-1)[idx]
+        dense[k][idx] = state[k][idx]
         state[k],dense[k] = dense[k],state[k]
 
-# %% ../nbs/07_callback.ipynb #98d911a1
+# %% ../nbs/07_callback.ipynb #8f025f30
 def _return(p, opt, dense):
     "Put visible slots back: the dense ones where active, 0 elsewhere."
-    state,idx = opt_state(opt, p.param),p.mask.flatten().nonzero().squeeze(1)
+    state,idx = opt_state(opt, p.param),p.mask.nonzero(as_tuple=True)
     for k,t in opt_slots(opt, p.param).items():
         if k not in state:
             zero_off_mask_(t, p.mask)      # Lookahead's slow weights
             continue
         seen = dense[k].zero_() if k in dense else torch.zeros_like(t)
-        seen.view(-1)[idx] = t.view(-1)[idx]
+        seen[idx] = t[idx]
         state[k],dense[k] = seen,t
 
 # %% ../nbs/07_callback.ipynb #0132b8fe
@@ -72,7 +72,7 @@ def borrowed_slots(
             zero_off_mask_(p.param, p.mask)
             _return(p, opt, store.setdefault(p.name, {}))
 
-# %% ../nbs/07_callback.ipynb #650ebdb2
+# %% ../nbs/07_callback.ipynb #64a4e3e0
 class DynamicSparseTrainingCallback(Callback):
     "Prune and grow the connections of a sparsified model while it trains. Leave it out, and sparsity is static."
     order,run_valid = 95,False
@@ -206,11 +206,11 @@ class DynamicSparseTrainingCallback(Callback):
 
     def state_dict(self) -> dict:
         "All that a run has accumulated, for a checkpoint."
-        return dict(updates=self.updates, ever_active=self.ever_active, off_mask=self.off_mask, pending=self.pending)
+        return dict(updates=self.updates, ever_active=self.ever_active, off_mask=self.off_mask, pending=self.pending, i_step=self.i_step)
 
     def load_state_dict(self, sd:dict):
         "Take up a run's state, after `before_fit`."
-        self.updates,self.pending = list(sd['updates']),sd['pending']
+        self.updates,self.pending,self.i_step = list(sd['updates']),sd['pending'],sd['i_step']
         self.ever_active = {k: v.to(p.mask.device) for p in self._params() for k,v in sd['ever_active'].items() if k == p.name}
         self.off_mask = {k: {s: t.clone() for s,t in v.items()} for k,v in sd['off_mask'].items()}
 
