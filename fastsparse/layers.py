@@ -27,7 +27,7 @@ from typing import NamedTuple, Optional, Sequence
 from zlib import crc32
 from fastcore.basics import patch
 from torch import nn, Tensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 from torch.autograd.function import once_differentiable
 from torch.nn.utils import skip_init
 from torch.nn.utils.prune import BasePruningMethod
@@ -153,6 +153,8 @@ class LinearGeometry(NamedTuple):
     n_rows:int # Output units
     n_cols:int # Input units
 
+    depthwise = False
+
     @property
     def weight_shape(self): return self.n_rows, self.n_cols
     def plan(self, indptr, indices): return kernels.LinearPlan(indptr, indices, self.n_rows, self.n_cols)
@@ -182,6 +184,8 @@ class Conv2dGeometry(NamedTuple):
     groups:int=1
     layout:str=''        # 'planes', 'batch', or '': the kernels choose
 
+    @property
+    def depthwise(self): return self.n_in == 1 and self.groups > 1
     @property
     def weight_shape(self): return (self.n_out, self.n_in, *self.kernel)
     def plan(self, indptr, indices):
@@ -416,6 +420,12 @@ def say_once(reason):
 _no_kernels = None if kernels.kernels_available() else f'the compiled kernels are missing: {kernels.why_not()}'
 _in_functorch = getattr(torch._C._functorch, 'peek_interpreter_stack', lambda: None)
 
+def _why_transformed():
+    "Is a transform at work that would not see through the kernels?"
+    if torch.compiler.is_compiling(): return None
+    if _in_functorch() is not None: return 'inside a torch.func transform'
+    if forward_ad._current_level >= 0: return 'inside forward-mode differentiation'
+
 def why_dense(
     geom,          # `LinearGeometry` or `Conv2dGeometry`
     x:Tensor,      # Input
@@ -426,8 +436,8 @@ def why_dense(
     if not (x.is_cpu and values.is_cpu): return f'tensors on {x.device.type}, the kernels run on the CPU'
     if values.dtype is not torch.float32: return f'dtype {values.dtype}, the kernels compute in float32'
     if x.is_nested: return 'nested tensor input'
-    if not torch.compiler.is_compiling() and _in_functorch() is not None: return 'inside a torch.func transform'
-    if geom.weight_shape[1] == 1 and len(geom) > 2 and geom.groups > 1: return 'depthwise convolution, nothing to gain'
+    if geom.depthwise: return 'depthwise convolution, nothing to gain'
+    return _why_transformed()
 
 # %% ../nbs/05_layers.ipynb #f806546e
 def dense_weight(
@@ -460,8 +470,8 @@ def dense_apply(geom, x, values, indptr, indices, bias):
 _plain_dispatch = Tensor.__torch_dispatch__
 
 def _looked_through(x):
-    "Is somebody (compile, export, a dispatch mode, a fake tensor) looking through Python at the operators?"
-    return (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    "Is somebody (compile, export, trace, a dispatch mode, a fake tensor) looking through Python at the operators?"
+    return (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None
             or type(x).__torch_dispatch__ is not _plain_dispatch)
 
 # %% ../nbs/05_layers.ipynb #269cb7b8
@@ -861,7 +871,8 @@ def _commit(module, cls, mask, structure, values, grad):
     old = module._buffers.get('weight_mask')
     with hold_interrupts():
         for k,t in zip(('weight_indptr','weight_indices'), structure): module.register_buffer(k, t, persistent=False)
-        if old is not None and old.dtype is torch.bool: old.copy_(mask)
+        if old is not None and old.dtype is torch.bool:
+            if old is not mask: old.copy_(mask)
         else: module.register_buffer('weight_mask', mask.clone())
         replace_storage(module.weight, values, grad)
         module.__class__ = cls
