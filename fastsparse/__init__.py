@@ -8,7 +8,8 @@ _public = dict(
     score='weight_magnitude gradient_magnitude gradient_momentum random_score momentum_redistribution dense_grad',
     topology='sparsify_model sparse_params sparseable_params add_mask_hooks apply_masks SparseHooks',
     checkpoint='load_sparse_model load_sparse_state save_checkpoint CheckpointCallback ResumeCallback',
-    callback='DynamicSparseTrainingCallback SET_presets SNFS_presets RigL_presets Sparsity EverActive')
+    callback='DynamicSparseTrainingCallback SparseKernelsCallback sparse_kernels_report SET_presets SNFS_presets RigL_presets '
+             'Sparsity EverActive')
 _home = {name: module for module,names in _public.items() for name in names.split()}
 __all__ = list(_home)
 

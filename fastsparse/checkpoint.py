@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['load_sparse_state', 'load_sparse_model', 'save_checkpoint', 'CheckpointCallback', 'ResumeCallback']
 
-# %% ../nbs/09_checkpoint.ipynb #92bfe9e6
+# %% ../nbs/09_checkpoint.ipynb #911e3c96
 import os, random
 from pathlib import Path
 import numpy as np
@@ -19,6 +19,7 @@ from fastai.callback.tracker import TrackerCallback
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import Learner, Recorder
 from .callback import DynamicSparseTrainingCallback
+from .training import expand_model
 from .topology import SparseHooks, SparseParam, add_mask_hooks, apply_masks, sparse_params
 
 # %% ../nbs/09_checkpoint.ipynb #70950dcf
@@ -57,17 +58,20 @@ def _attach_masks(model, state):
         m.register_buffer(f'{pname}_mask', torch.empty_like(state[f'{name}_mask'], device=dev))
         m.register_buffer(f'{pname}_sparsity', torch.zeros((), device=dev))
 
-# %% ../nbs/09_checkpoint.ipynb #6d2a7dc1
+# %% ../nbs/09_checkpoint.ipynb #9f432ebe
 def load_sparse_state(
     state:dict,      # A sparse model's `state_dict`
     model:nn.Module, # Same architecture, with other masks or none
     what='the file', # How to call `state` in the error
+    opt=None,        # The model's optimizer, if it has trained
 ) -> SparseHooks: # Keeps the loaded masks enforced until removed
     "Attach the masks in `state` and load it. Raises `ValueError`, the model unchanged, listing every layer that doesn't fit."
     bad = _misfits(model, state)
     if bad: raise ValueError(f"{what} does not fit this model:\n  " + '\n  '.join(bad[:20] + [f'… and {len(bad)-20} more']*(len(bad)>20)))
+    expand_model(model, opt)
     _attach_masks(model, state)
     model.load_state_dict(state)
+    apply_masks(model, opt)
     return add_mask_hooks(model)
 
 # %% ../nbs/09_checkpoint.ipynb #251929a4
@@ -84,12 +88,13 @@ def load_sparse_model(
         raise ValueError(f"{path} holds no model state: expected what `learn.save`, `save_model` or `torch.save(model.state_dict())` writes.")
     return load_sparse_state(state, model, str(path))
 
-# %% ../nbs/09_checkpoint.ipynb #dc7f6cfe
+# %% ../nbs/09_checkpoint.ipynb #29fcebe2
 _learner_load = getattr(Learner.load, '_without_masks', Learner.load)
 
 @patch
 def load(self:Learner, file, device=None, **kwargs):
     "fastai's `Learner.load`; optimizer slots of weights that the loaded masks leave out are zeroed."
+    expand_model(self.model, self.opt)
     _learner_load(self, file, device=device, **kwargs)
     apply_masks(self.model, self.opt)
     return self
@@ -164,7 +169,7 @@ class CheckpointCallback(Callback):
         if self.every_batches and done % self.every_batches == 0: save_checkpoint(self.path, self.learn, self.learn.epoch, done, self.epoch_rng)
     def after_epoch(self): save_checkpoint(self.path, self.learn, self.learn.epoch+1)
 
-# %% ../nbs/09_checkpoint.ipynb #3d438935
+# %% ../nbs/09_checkpoint.ipynb #f6f512d6
 class ResumeCallback(Callback):
     "Continue a run from a checkpoint: add it to the same `fit` call. Without a file at `path`, the run starts from the beginning."
     order,run_valid = -20,False
@@ -205,7 +210,7 @@ class ResumeCallback(Callback):
     def _restore(self):
         "Everything as it was; from here on this callback is idle."
         s,learn = self.state,self.learn
-        load_sparse_state(s['model'], learn.model, str(self.path))
+        load_sparse_state(s['model'], learn.model, str(self.path), learn.opt)
         dev = next(learn.model.parameters()).device
         learn.opt.load_state_dict(_to(s['opt'], dev))
         for p,g in zip(learn.model.parameters(), s['grads']): p.grad = None if g is None else g.to(p.device)

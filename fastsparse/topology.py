@@ -124,7 +124,7 @@ def zero_off_mask_(
     "Set `t` to 0 off `mask`, also where it is inf or NaN."
     t.data.masked_fill_(mask.logical_not(), 0)
 
-# %% ../nbs/04_topology.ipynb #b3c849e7
+# %% ../nbs/04_topology.ipynb #1dacc1d6
 class GradMask:
     "Tensor hook that keeps a parameter's gradient on its mask unless the `owner` wants it dense."
     def __init__(self, module, pname): self.module,self.pname,self.owner = module,pname,None
@@ -136,7 +136,8 @@ class GradMask:
 
     def __call__(self, g):
         mask = getattr(self.module, f'{self.pname}_mask', None)
-        return g if mask is None or self.dense else g.masked_fill(mask.logical_not(), 0)
+        if mask is None or mask.shape != g.shape or self.dense: return g      # another shape: only nonzeros are stored
+        return g.masked_fill(mask.logical_not(), 0)
 
 # %% ../nbs/04_topology.ipynb #92e07c11
 def grad_mask(
@@ -157,10 +158,10 @@ def _owned(module):
     ms = (module, module.out_proj) if isinstance(module, nn.MultiheadAttention) else (module,)
     return [SparseParam(n, m, n) for m in ms for n,p in m._parameters.items() if p is not None and f'{n}_mask' in m._buffers]
 
-# %% ../nbs/04_topology.ipynb #5c06ff15
+# %% ../nbs/04_topology.ipynb #ec1feaf6
 def _enforce(module):
     for p in _owned(module):
-        if p.mask.shape != p.param.shape: continue      # compressed: nothing off the mask exists
+        if p.mask.shape != p.param.shape: continue      # only nonzeros are stored
         zero_off_mask_(p.param, p.mask)
         grad_mask(p)
 
@@ -238,12 +239,14 @@ def sparse_init_(
     p.param.data.copy_(w)
     zero_off_mask_(p.param, p.mask)
 
-# %% ../nbs/04_topology.ipynb #484372cd
+# %% ../nbs/04_topology.ipynb #8fde712c
 def _check_params(params, what):
     if not params: raise ValueError(f"{what}: no sparseable layer found. Sparseable are {', '.join(t.__name__ for t in sparseable_types)}.")
     for p in params:
         if isinstance(p.param, UninitializedParameter):
             raise ValueError(f"{p.name} is not initialised yet: run one batch through the model, then sparsify it.")
+        if p.mask is not None and p.mask.shape != p.param.shape:
+            raise ValueError(f"{p.name} stores only its nonzeros now: `fastsparse.training.expand_model(model, opt)` first.")
         if not p.param.is_floating_point(): raise ValueError(f"{p.name} is {p.param.dtype}: only real floating-point weights can be sparse.")
         if p.param.shape.numel() == 0: raise ValueError(f"{p.name} has shape {tuple(p.param.shape)}: there is no weight to mask.")
 
@@ -303,7 +306,7 @@ def top_k_mask(
     mask[idx[best]] = True
     return mask.view(score.shape)
 
-# %% ../nbs/04_topology.ipynb #abdc6d3a
+# %% ../nbs/04_topology.ipynb #ffb34600
 def share_out(
     total:int,      # Connections to grow in the whole model
     claims:list,    # Each layer's claim, 0 or more
@@ -317,9 +320,9 @@ def share_out(
         if sum(claim) <= 0: claim = [float(r) for r in room]
         exact = [left*(w/sum(claim)) for w in claim]
         add = [min(int(e), r) for e,r in zip(exact, room)]
-        if not any(add):
-            i = max((i for i,r in enumerate(room) if r > 0), key=lambda i: exact[i])
-            add[i] = 1
+        if all(a == int(e) for a,e in zip(add, exact)):      # nobody is full: the rest goes to the largest remainders
+            rest = sorted((i for i,r in enumerate(room) if r > add[i]), key=lambda i: add[i]-exact[i])
+            for i in rest[:left-sum(add)]: add[i] += 1
         got = [g+a for g,a in zip(got, add)]
     return got
 
