@@ -1,0 +1,511 @@
+"The callback inside fastai's training loop: reference semantics, invariants at every instant, composition."
+import copy, gc, math, subprocess, sys, warnings
+from functools import partial
+from pathlib import Path
+import numpy as np, pytest, torch
+import torch.nn.functional as F
+from torch import nn
+from fastai.basics import (Adam, Callback, CancelBatchException, CancelBackwardException, CancelFitException, CancelStepException, CancelTrainException, Lamb, Larc, OptimWrapper,
+                           RAdam, RMSProp, SGD, accuracy, ranger, params, load_learner, DataLoader, DataLoaders)
+from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.schedule import fine_tune, lr_find
+from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
+from fastai.callback.training import GradientAccumulation, GradientClip, ShortEpochCallback
+from fastsparse import (DynamicSparseTrainingCallback as DST, EverActive, RigL_presets, SET_presets, SNFS_presets, Sparsity, gradient_magnitude, random_score, sparse_params,
+                        sparsify_model, weight_magnitude)
+from fastsparse.schedule import is_update_step
+from conftest import assert_sparse, counts, fit, masked, masks, quiet, same, slots, state, toy_dls, toy_items, toy_learner, toy_net
+
+pytestmark = pytest.mark.usefixtures('one_thread')
+presets = dict(RigL=RigL_presets, SET=SET_presets, SNFS=SNFS_presets)
+T = torch.optim
+opts = dict(sgd=SGD, momentum=partial(SGD, mom=.9), l2=partial(SGD, mom=.9, wd=.1, decouple_wd=False), adam=Adam, radam=RAdam, lamb=Lamb, ranger=ranger, rmsprop=RMSProp, larc=Larc,
+            torch_sgd=partial(OptimWrapper, opt=partial(T.SGD, momentum=.9)), torch_adam=partial(OptimWrapper, opt=T.Adam), torch_adamw=partial(OptimWrapper, opt=T.AdamW))
+def dst(method='RigL', every=3, **kw): return DST(**{**presets[method], 'batches_per_update': every, **kw})
+each_method = pytest.mark.parametrize('method', presets)
+
+events = ('before_fit before_epoch before_train before_batch after_pred after_loss before_backward after_backward before_step after_cancel_step after_step '
+          'after_batch after_train before_validate after_validate after_epoch after_fit').split()
+
+class Watch(Callback):
+    "Looks at every event, that of validation too"
+    def __init__(self, order=200, total=None): self.order,self.total,self.seen = order,total,0
+    def look(self, e):
+        self.seen += 1
+        assert_sparse(self.learn.model, self.learn.opt, f'{e}, order {self.order}')
+        if self.total is not None: assert sum(counts(self.learn.model).values()) == self.total
+for e in events: setattr(Watch, e, lambda self, e=e: self.look(e))
+
+def watches(learn): return [Watch(o, sum(counts(learn.model).values())) for o in (-90, 94, 200)]
+
+class At(Callback):
+    "Call `f(learn)` at the `n`th time that `event` comes, from 0, or at every time"
+    def __init__(self, event, f, n=None, order=50, valid=False):
+        self.order,self.n,self.count,self.f,self.run_valid = order,n,0,f,valid
+        def _call():
+            self.count += 1
+            if self.n in (None, self.count-1): self.f(self.learn)
+        setattr(self, event, _call)
+
+def raise_(ex):
+    def _f(*args): raise ex
+    return _f
+
+class Trace(Callback):
+    "Weights and masks after every training batch"
+    run_valid,order = False,300
+    def before_fit(self): self.weights,self.masks = [],[]
+    def after_batch(self):
+        self.weights.append({n: p.detach().clone() for n,p in self.learn.model.named_parameters()})
+        self.masks.append(masks(self.learn.model))
+
+# --- an independent RigL, SET and SNFS
+
+def fastai_debias(mom, step): return (1-mom)*(1 - mom**step)/(1-mom)
+
+class Reference:
+    "A tanh network trained by the papers' algorithms. Masks are decided by numpy's sort; no code of the package."
+    def __init__(self, model, method, opt, every, n_steps, lr):
+        self.ps,self.ms = {n: p.detach().clone() for n,p in model.named_parameters()},masks(model)
+        self.method,self.opt,self.every,self.n_steps,self.lr,self.slots,self.t = method,opt,every,n_steps,lr,{n: {} for n in self.ps},0
+        if opt == 'torch_adam': self.torch_opt = T.Adam(self.ps.values(), lr=lr)
+        self.f0,self.stop = dict(RigL=(.3, .75), SET=(.3, 1.), SNFS=(.5, 1.))[method]
+
+    def grads(self, x, y):
+        ps = {n: p.clone().requires_grad_() for n,p in self.ps.items()}
+        for i in (0, 2, 4): x = F.linear(x.tanh() if i else x, ps[f'{i}.weight'], ps[f'{i}.bias'])
+        return dict(zip(ps, torch.autograd.grad(F.cross_entropy(x, y), ps.values())))
+
+    def optimize(self, gs):
+        self.t += 1
+        if self.opt == 'torch_adam':
+            for n,p in self.ps.items(): p.grad = gs[n]
+            self.torch_opt.step()
+            self.slots = {n: {k: v for k,v in self.torch_opt.state[p].items() if k != 'step'} for n,p in self.ps.items()}
+            return
+        for n,p in self.ps.items():
+            g,s = gs[n],self.slots[n]
+            if self.opt == 'adam':
+                if n.endswith('weight'): p.mul_(1 - self.lr*.01)
+                s['avg'] = s.get('avg', torch.zeros_like(g)).mul_(.9).add_(g, alpha=1-.9)
+                s['sqr'] = s.get('sqr', torch.zeros_like(g)).mul_(.99).addcmul_(g, g, value=1-.99)
+                p.addcdiv_(s['avg'], (s['sqr']/fastai_debias(.99, self.t)).sqrt() + 1e-5, value=-self.lr/fastai_debias(.9, self.t))
+            elif self.opt == 'momentum':
+                s['avg'] = s.get('avg', torch.zeros_like(g)).mul_(.9).add_(g)
+                p.add_(s['avg'], alpha=-self.lr)
+            else: p.add_(g, alpha=-self.lr)
+
+    def momentum(self, n):
+        m,*sqr = self.slots[n].values()
+        return (m/(sqr[0].sqrt() + 1e-8) if sqr else m).abs()
+
+    def shares(self, total, room):
+        "In proportion to the mean momentum of active weights; what doesn't fit goes round again; largest remainders get the rest"
+        claims = {n: float(self.momentum(n)[m].mean()) for n,m in self.ms.items()}
+        got = dict.fromkeys(claims, 0)
+        while left := total - sum(got.values()):
+            open_ = [n for n in claims if got[n] < room[n]]
+            exact = {n: left*claims[n]/sum(claims[o] for o in open_) for n in open_}
+            add = {n: min(int(exact[n]), room[n]-got[n]) for n in open_}
+            if all(add[n] == int(exact[n]) for n in open_):
+                fits = [n for n in open_ if got[n] + add[n] < room[n]]
+                for n in sorted(fits, key=lambda n: add[n]-exact[n])[:left-sum(add.values())]: add[n] += 1
+            for n in open_: got[n] += add[n]
+        return got
+
+    def update(self, gs, i):
+        f,new = self.f0/2*(1 + math.cos(math.pi*i/self.n_steps/self.stop)),{}
+        drop = {n: int(f*int(m.sum())) for n,m in self.ms.items()}
+        for n,m in self.ms.items():
+            act = np.flatnonzero(m.numpy())
+            new[n] = np.zeros(m.numel(), bool)
+            new[n][act[np.argsort(-self.ps[n].abs().numpy().ravel()[act])][:len(act)-drop[n]]] = True
+        grow = drop if self.method != 'SNFS' else self.shares(sum(drop.values()), {n: int((~k).sum()) for n,k in new.items()})
+        for n,m in self.ms.items():
+            score = dict(RigL=lambda: gs[n].abs(), SET=lambda: torch.rand(m.shape), SNFS=lambda: self.momentum(n))[self.method]()
+            rest = np.flatnonzero(~new[n])
+            new[n][rest[np.argsort(-score.numpy().ravel()[rest])][:grow[n]]] = True
+        for n,m in self.ms.items():
+            now = torch.from_numpy(new[n]).view(m.shape)
+            fresh = now & ~m
+            self.ps[n][fresh | ~now] = 0
+            for s in self.slots[n].values(): s[fresh if self.method == 'SNFS' else fresh | ~now] = 0
+            self.ms[n] = now
+
+    def step(self, i, x, y):
+        gs,due = self.grads(x, y),0 < i < self.n_steps-1 and i % self.every == 0 and i < self.stop*self.n_steps
+        if not (due and self.method == 'RigL'):
+            self.optimize(gs if self.method == 'SNFS' else {n: torch.where(self.ms[n], g, 0) if n in self.ms else g for n,g in gs.items()})
+            for n,m in self.ms.items(): self.ps[n][~m] = 0
+        if due:
+            torch.manual_seed(1000 + i)
+            self.update(gs, i)
+
+def run_beside(method, opt, n_epoch=4, every=4):
+    learn,trace = toy_learner(opt_func=opts[opt]),Trace()
+    ref = Reference(learn.model, method, opt, every, n_epoch*8, .05)
+    def seed(learn): torch.manual_seed(1000 + learn.epoch*8 + learn.iter)
+    cb = dst(method, every)
+    fit(learn, n_epoch, cbs=[cb, trace, At('before_step', seed, order=94)])
+    batches = [(torch.stack([x for x,_ in b]), torch.stack([y for _,y in b])) for b in (toy_items()[i:i+8] for i in range(0, 64, 8))]
+    for i,(w,m) in enumerate(zip(trace.weights, trace.masks)):
+        ref.step(i, *batches[i % 8])
+        for n in ref.ms: assert m[n].equal(ref.ms[n]), f'mask of {n} at step {i}'
+        for n in ref.ps: assert w[n].equal(ref.ps[n]), f'{n} at step {i}'
+    for n,p in learn.model.named_parameters():
+        if n in ref.ms:
+            for mine,s in zip(slots(learn.opt, p).values(), ref.slots[n].values()): assert mine.equal(s*ref.ms[n]), f'slot of {n}'
+    assert len(trace.weights) == n_epoch*8 and len(cb.updates) >= 4 and all(u['grown'] != [0, 0, 0] for u in cb.updates[:3])
+
+@pytest.mark.parametrize('opt', ['sgd', 'momentum', 'adam', 'torch_adam'])
+@pytest.mark.parametrize('method', ['RigL', 'SET'])
+def test_reference_semantics(method, opt): run_beside(method, opt)
+
+def test_presets_are_the_papers():
+    assert {k: (p['initial_drop_grow_pct'], p['stop_pct'], p.get('update_replaces_step', True)) for k,p in presets.items()} == \
+        dict(RigL=(.3, .75, True), SET=(.3, 1., False), SNFS=(.5, 1., False))
+    learn = toy_learner(n=640, bs=4)
+    for m,every in (('RigL', 100), ('SET', 160), ('SNFS', 160)):
+        cb = DST(**presets[m])
+        fit(learn, 2, cbs=cb)
+        assert cb.every == every and [u['step'] for u in cb.updates] == dict(RigL=[100, 200], SET=[160], SNFS=[160])[m]
+
+# --- what an update does to a step
+
+def params_of(learn): return {n: p.detach().clone() for n,p in learn.model.named_parameters()}
+
+@each_method
+def test_rigls_update_replaces_the_step_and_the_others_do_not(method):
+    learn,trace,taken = toy_learner(),Trace(),[]
+    step = learn._step
+    learn._step = lambda: (taken.append(learn.epoch*8 + learn.iter), step())
+    cb = dst(method)
+    fit(learn, 2, cbs=[cb, trace])
+    due = [u['step'] for u in cb.updates]
+    assert due and taken == [i for i in range(16) if method != 'RigL' or i not in due]
+    for i in due:
+        moved = not trace.weights[i]['0.bias'].equal(trace.weights[i-1]['0.bias'])
+        assert moved == (method != 'RigL')
+
+def test_rigls_update_leaves_kept_weights_and_their_slots_alone():
+    learn,before,after = toy_learner(opt_func=Adam),{},{}
+    def look(into): return lambda learn: into.update({n: (p.detach().clone(), m.clone(), {k: v.clone() for k,v in slots(learn.opt, p).items()}) for n,p,m in masked(learn.model)})
+    fit(learn, 1, cbs=[dst(), At('before_step', look(before), n=3), At('after_batch', look(after), n=3)])
+    for n in before:
+        (w0,m0,s0),(w1,m1,s1) = before[n],after[n]
+        stay = m0 & m1
+        assert (m0 != m1).any() and w0[stay].equal(w1[stay]) and not w1[m1 & ~m0].any()
+        assert len(s0) == 2
+        for k in s0: assert s0[k][stay].equal(s1[k][stay]) and s0[k][stay].any() and not s1[k][~stay].any()
+
+@each_method
+def test_no_gradient_of_an_update_batch_leaks(method):
+    "2020 fastsparse raised CancelBatchException, so that zero_grad was left out."
+    learn,grads = toy_learner(),[]
+    fit(learn, 1, cbs=[dst(method), At('after_batch', lambda l: grads.append(sum(float(p.grad.abs().sum()) for p in l.model.parameters())), valid=False)])
+    assert grads == [0]*8
+
+@each_method
+def test_just_dropped_may_return_and_keeps_value_and_state(method):
+    learn,seen = toy_learner(opt_func=Adam),[]
+    def look(learn): seen.append({n: (p.detach().clone(), m.clone(), {k: v.clone() for k,v in slots(learn.opt, p).items()}) for n,p,m in masked(learn.model)})
+    def stay(param, opt, mask): return mask.float()
+    def grow(param, opt, mask):
+        look(learn)
+        return mask.float()
+    fit(learn, 1, cbs=[dst(method, grow_score_f=grow, redistribute_f=None), At('after_batch', look, n=3)])
+    at_update,after = seen[0],seen[3]
+    for n in after:
+        assert at_update[n][1].equal(after[n][1]) and at_update[n][0].equal(after[n][0])
+        for k,s in after[n][2].items(): assert s.equal(at_update[n][2][k]) and s.any()
+
+# --- when
+
+@each_method
+@pytest.mark.parametrize('every', [1, 2, 5])
+def test_no_update_on_the_first_and_the_last_step(method, every):
+    learn,trace = toy_learner(),Trace()
+    start = masks(learn.model)
+    cb = dst(method, every, initial_drop_grow_pct=.5, stop_pct=1., drop_grow_sched=lambda s,e,p: s)
+    fit(learn, 2, cbs=[cb, trace])
+    changed = [i for i,(a,b) in enumerate(zip([start, *trace.masks], trace.masks)) if not same(a, b)]
+    assert changed == [u['step'] for u in cb.updates] == [i for i in range(1, 15) if i % every == 0]
+
+def test_nothing_moves_from_the_stop_on():
+    learn,trace = toy_learner(),Trace()
+    cb = dst('RigL', 1, stop_pct=.5)
+    fit(learn, 2, cbs=[cb, trace])
+    assert [u['step'] for u in cb.updates] == list(range(1, 8)) and all(same(trace.masks[7], m) for m in trace.masks[7:])
+
+class Steps(Callback):
+    "Counts optimizer steps, those that an update replaces too, and notes at which the masks change"
+    order,run_valid = 94,False
+    def before_fit(self): self.n,self.changed,self.last = 0,[],masks(self.learn.model)
+    def before_step(self): self.n += 1
+    def after_batch(self):
+        now = masks(self.learn.model)
+        if not same(now, self.last): self.changed.append(self.n-1)
+        self.last = now
+
+torch_dls = lambda items,bs: DataLoaders(torch.utils.data.DataLoader(items, batch_size=bs), torch.utils.data.DataLoader(items[:16], batch_size=bs))
+@pytest.mark.parametrize('n,n_acc,every', [(64, 16, 1), (64, 24, 2), (60, 16, 1), (60, 20, 2), (61, 8, 3), (58, 64, 1)])
+@pytest.mark.parametrize('method', ['RigL', 'SNFS'])
+def test_position_counts_optimizer_steps_under_accumulation(method, n, n_acc, every):
+    learn,steps = toy_learner(n=n),Steps()
+    cb = dst(method, every, initial_drop_grow_pct=.5, stop_pct=1., drop_grow_sched=lambda s,e,p: s)
+    fit(learn, 3, cbs=[cb, steps, GradientAccumulation(n_acc), *watches(learn)])
+    assert cb.n_steps == steps.n
+    assert steps.changed == [u['step'] for u in cb.updates] == [i for i in range(steps.n) if is_update_step(i, steps.n, every, 1.)]
+
+def test_accumulated_update_sees_the_dense_gradient_of_all_its_batches():
+    learn,got = toy_learner(opt_func=partial(SGD, mom=0)),[]
+    def grow(p, opt, name, mask):
+        got.append((name, p.grad.clone(), mask.clone(), copy.deepcopy(learn.model)))
+        return p.grad.abs()
+    fit(learn, 2, cbs=[dst(grow_score_f=grow, every=2, stop_pct=1.), GradientAccumulation(16)])
+    h,y = (torch.stack(t) for t in zip(*toy_items()[32:48]))               # the third step: batches 4 and 5
+    model = got[0][3]
+    ws = [model[i].weight.detach().clone().requires_grad_() for i in (0, 2, 4)]     # fresh leaves, so that no hook sees their gradients
+    for i,w in zip((0, 2, 4), ws): h = F.linear(h.tanh() if i else h, w, model[i].bias)
+    for (name,g,m,_),dense in zip(got, torch.autograd.grad(F.cross_entropy(h, y), ws)): assert torch.allclose(g, dense, atol=1e-6) and g[~m].any()
+
+def test_short_epochs_and_skipped_ones_keep_the_position():
+    learn = toy_learner()
+    cb = dst(every=1)
+    fit(learn, 4, cbs=[cb, ShortEpochCallback(.5)])
+    assert all(u['step'] % 8 <= 4 for u in cb.updates)                  # position is that of the whole run
+    cb = dst(every=1)
+    fit(learn, 4, start_epoch=2, cbs=cb)
+    assert [u['step'] for u in cb.updates] == list(range(16, 24))
+
+@each_method
+def test_counts_never_drift(method):
+    "sparse_learning's counts are approximate; 2020 fastsparse's total drifted."
+    learn = toy_learner()
+    cb = dst(method, 1, stop_pct=1., initial_drop_grow_pct=.9, drop_grow_sched=lambda s,e,p: s)
+    fit(learn, 6, cbs=[cb, *watches(learn)])
+    assert len(cb.updates) == 46
+    for u in cb.updates: assert (sum(u['before']) == sum(u['after'])) if method == 'SNFS' else u['before'] == u['after']
+
+def test_redistribution_moves_connections_between_layers():
+    learn = toy_learner()
+    before = counts(learn.model)
+    fit(learn, 2, cbs=dst('SNFS'))
+    assert counts(learn.model) != before and sum(counts(learn.model).values()) == sum(before.values())
+
+def test_a_dense_layer_can_shrink_again_in_training():
+    learn,seen = toy_learner(),[]
+    def claim(p, opt, name): return float((name == '4.weight') == (len(seen) < 4))
+    fit(learn, 3, cbs=[dst('SNFS', 1, redistribute_f=claim), At('after_batch', lambda l: seen.append(counts(l.model)), valid=False), *watches(learn)])
+    assert max(s['4.weight'] for s in seen) == 36 > seen[-1]['4.weight']
+
+def test_drops_the_smallest_weights():
+    "sparse_learning's `--prune SET` removes the wrong end."
+    learn,seen = toy_learner(),{}
+    fit(learn, 1, cbs=[dst('RigL', 3, grow_score_f=lambda p,o,mask: -mask.float()), At('before_step', lambda l: seen.update(w={n: p.detach().abs().clone() for n,p,_ in masked(l.model)}, m=masks(l.model)), n=3),
+                       At('after_batch', lambda l: seen.update(after=masks(l.model)), n=3)])
+    for n,w in seen['w'].items():
+        old,new = seen['m'][n],seen['after'][n]
+        assert (old & ~new).any() and w[old & ~new].max() <= w[old & new].min()
+
+def test_a_large_negative_momentum_grows():
+    "2020 fastsparse ranked by signed momentum."
+    learn = toy_learner()
+    w,m = learn.model[0].weight,learn.model[0].weight_mask
+    i = tuple((~m).nonzero()[0])
+    def push(learn): w.grad[i] = 1e3
+    fit(learn, 1, cbs=[dst('SNFS', 4), At('after_backward', push)])
+    assert m[i]
+
+# --- zero off the masks, always
+
+@pytest.mark.parametrize('method', [None, *presets])
+@pytest.mark.parametrize('opt', opts)
+def test_every_optimizer_at_every_event(opt, method):
+    learn = toy_learner(opt_func=opts[opt])
+    if opt in ('sgd', 'rmsprop') and method == 'SNFS':
+        with pytest.raises(ValueError, match='momentum'): fit(learn, 1, cbs=dst(method))
+        return
+    ws = watches(learn)
+    before,cb = masks(learn.model),dst(method) if method else None
+    start = params_of(learn)
+    fit(learn, 2, cbs=[*ws, *([cb] if cb else [])])
+    assert same(before, masks(learn.model)) == (method is None) and all(w.seen > 100 for w in ws)
+    assert_sparse(learn.model, learn.opt)
+    assert all(torch.isfinite(p).all() and not p.equal(start[n]) for n,p in learn.model.named_parameters())
+
+interrupts = [(e, o) for e in events[2:-1] for o in ((50, 200) if e == 'before_step' else (50,))]
+def interrupted(method, event, order, ex, opt='momentum'):
+    learn = toy_learner(opt_func=opts[opt])
+    total = sum(counts(learn.model).values())
+    n = 3 if event in 'before_batch after_pred after_loss before_backward after_backward before_step after_step after_batch' else 0
+    stop = At(event, raise_(ex), n=n, order=order, valid='valid' in event)
+    try: fit(learn, 2, cbs=[dst(method), stop])
+    except KeyboardInterrupt: pass
+    assert stop.count == n+1 or (method, order) == ('SNFS', 200) 
+    assert_sparse(learn.model, learn.opt, f'after {ex} in {event}')
+    assert sum(counts(learn.model).values()) == total
+    return learn
+
+@each_method
+@pytest.mark.parametrize('event,order', interrupts)
+def test_interrupted_at_any_event(method, event, order): interrupted(method, event, order, KeyboardInterrupt)
+
+@each_method
+@pytest.mark.parametrize('event', ['before_batch', 'after_loss', 'before_step', 'after_step', 'after_batch', 'after_train', 'after_epoch'])
+def test_cancelled_fit(method, event): interrupted(method, event, 50, CancelFitException)
+
+@each_method
+@pytest.mark.parametrize('at', [1, 2, 20, 35])
+def test_interrupted_inside_the_optimizer(method, at):
+    n = []
+    def boom(p, **kw):
+        n.append(1)
+        if len(n) == at: raise KeyboardInterrupt
+    def opt_func(ps, **kw):
+        opt = SGD(ps, mom=.9, **kw)
+        opt.cbs.append(boom)
+        return opt
+    learn = toy_learner(opt_func=opt_func)
+    with pytest.raises(KeyboardInterrupt): fit(learn, 2, cbs=dst(method, stop_pct=1.))
+    assert_sparse(learn.model, learn.opt)
+
+class Boom(T.Adam):
+    n = 0
+    def step(self, closure=None):
+        super().step()
+        self.n += 1
+        if self.n == 6: raise KeyboardInterrupt
+
+@each_method
+def test_interrupted_inside_a_torch_optimizer(method):
+    learn = toy_learner(opt_func=partial(OptimWrapper, opt=Boom))
+    with pytest.raises(KeyboardInterrupt): fit(learn, 2, cbs=dst(method))
+    assert_sparse(learn.model, learn.opt)
+
+@each_method
+@pytest.mark.parametrize('role', ['keep_score_f', 'grow_score_f', 'redistribute_f'])
+def test_interrupted_inside_a_score(method, role):
+    learn = toy_learner()
+    before = masks(learn.model)
+    def score(p, opt, name):
+        if name == '2.weight': raise KeyboardInterrupt
+        return 1. if role == 'redistribute_f' else p.detach().abs()
+    with pytest.raises(KeyboardInterrupt): fit(learn, 2, cbs=dst(method, **{role: score}))
+    assert same(before, masks(learn.model))
+    assert_sparse(learn.model, learn.opt)
+
+@each_method
+def test_sparse_after_save_load_and_remove(method, tmp_path):
+    learn = toy_learner(path=tmp_path, opt_func=Adam)
+    hooks = fastsparse_hooks(learn)
+    fit(learn, 2, cbs=dst(method))
+    learn.save('m')
+    saved,old = state(learn.model),masks(learn.model)
+    raw = torch.load(tmp_path/'models'/'m.pth', weights_only=False)['model']
+    assert all(not raw[n][~raw[f'{n}_mask']].any() for n in old)
+    fit(learn, 2, cbs=dst(method))
+    assert not same(old, masks(learn.model))
+    learn.load('m')
+    assert same(saved, state(learn.model))
+    assert_sparse(learn.model, learn.opt)
+    fresh = toy_learner(path=tmp_path, opt_func=Adam).load('m')
+    assert same(saved, state(fresh.model))
+    fit(fresh, 1, cbs=[dst(method), *watches(fresh)])
+    hooks.remove()
+    assert_sparse(learn.model, learn.opt)
+    learn.validate = learn.validate
+    with quiet(learn): learn.validate()
+    assert_sparse(learn.model, learn.opt)
+
+def fastsparse_hooks(learn):
+    from fastsparse import add_mask_hooks
+    return add_mask_hooks(learn.model)
+
+@pytest.mark.parametrize('enforce', [True, False])
+@each_method
+def test_without_hooks_the_callback_keeps_the_masks(method, enforce):
+    learn = toy_learner(None)
+    hooks = sparsify_model(learn, .7, enforce_masks=enforce)
+    hooks.remove()
+    fit(learn, 2, cbs=[dst(method), *watches(learn)])
+    assert_sparse(learn.model, learn.opt)
+    assert not any(m._forward_pre_hooks or p._backward_hooks for m in learn.model.modules() for p in m._parameters.values() if p is not None)
+
+@each_method
+def test_after_the_fit_the_model_is_an_ordinary_sparse_one(method):
+    "Gradients are on the mask again, also for a torch loop"
+    learn = toy_learner()
+    fit(learn, 2, cbs=dst(method))
+    opt = T.SGD(learn.model.parameters(), lr=.1, momentum=.9)
+    for x,y in learn.dls.train:
+        F.cross_entropy(learn.model(x), y).backward()
+        for n,p,m in masked(learn.model): assert not p.grad[~m].any()
+        opt.step(); opt.zero_grad()
+        assert_sparse(learn.model, opt)
+
+def test_a_score_sees_each_method_s_gradient():
+    "Dense where it is asked for, on the mask elsewhere"
+    for method,dense in (('RigL', {3}), ('SET', set()), ('SNFS', set(range(8)))):
+        learn,got = toy_learner(),set()
+        def look(learn): got.update({learn.iter} if any(p.grad[~m].any() for _,p,m in masked(learn.model)) else ())
+        fit(learn, 1, cbs=[dst(method, 3, stop_pct=.6), At('after_backward', look)])
+        assert got == dense
+
+# --- gradients that are not finite
+
+def poison(at, value=math.nan):
+    def _f(learn):
+        if learn.epoch*8 + learn.iter in at: learn.loss_grad = learn.loss_grad*value
+    return At('after_loss', _f)
+
+@pytest.mark.parametrize('value', [math.nan, math.inf])
+@pytest.mark.parametrize('at,want', [({3}, [4, 6, 9]), ({3, 4}, [5, 6, 9]), ({3, 4, 5, 6}, [7, 9]), ({9, 10, 11}, [3, 6])])
+def test_a_gradient_that_is_not_finite_postpones_the_update(value, at, want):
+    learn,trace = toy_learner(),Trace()
+    start = masks(learn.model)
+    cb = dst()
+    fit(learn, 2, cbs=[cb, trace, poison(at, value), *watches(learn)])
+    changed = [i for i,(a,b) in enumerate(zip([start, *trace.masks], trace.masks)) if not same(a, b)]
+    assert [u['step'] for u in cb.updates] == changed == want
+    assert all(torch.isfinite(p).all() for p in learn.model.parameters())
+
+def test_one_layer_that_is_not_finite_postpones_all():
+    learn = toy_learner()
+    def spoil(learn):
+        if learn.iter == 3: learn.model[4].weight.grad[0,0] = math.inf
+    cb = dst()
+    fit(learn, 1, cbs=[cb, At('after_backward', spoil)])
+    assert [u['step'] for u in cb.updates] == [4]
+
+def test_gradients_that_are_never_finite_change_no_mask():
+    learn = toy_learner()
+    before = state(learn.model)
+    cb = dst(every=1, stop_pct=1.)
+    fit(learn, 1, cbs=[cb, poison(range(1, 7)), At('before_step', lambda l: [p.grad.zero_() for p in l.model.parameters()], n=0), At('before_step', raise_(CancelStepException()), n=7)])
+    assert cb.updates == [] and same({k: v for k,v in before.items()}, state(learn.model))
+
+class CPUMixedPrecision(MixedPrecision):
+    "fastai's, which knows CUDA only, on the CPU: bfloat16 autocast, and the real gradient scaler"
+    def before_fit(self):
+        super().before_fit()
+        self.autocast = torch.autocast('cpu', dtype=torch.bfloat16)
+        self.learn.scaler = torch.amp.GradScaler('cpu', init_scale=2.**8, enabled=self.kwargs['enabled'])
+
+@each_method
+@pytest.mark.parametrize('mode', ['fp16', 'bf16'])
+def test_mixed_precision(method, mode):
+    learn = toy_learner()
+    cb = dst(method)
+    fit(learn, 2, cbs=[cb, CPUMixedPrecision(mode), *watches(learn)])
+    assert [u['step'] for u in cb.updates] == ([3, 6, 9] if method == 'RigL' else [3, 6, 9, 12])
+
+@each_method
+def test_a_step_that_amp_skips_moves_neither_weights_nor_position(method):
+    learn,trace,steps = toy_learner(),Trace(),Steps()
+    cb = dst(method)
+    fit(learn, 2, cbs=[cb, trace, steps, poison({0, 3, 4}, math.inf), CPUMixedPrecision('fp16'), *watches(learn)])
+    assert [u['step'] for u in cb.updates][:1] == steps.changed[:1] == [3]
+    for i in (3, 4): assert same(trace.weights[i], trace.weights[i-1]) and same(trace.masks[i], trace.masks[i-1])
+    assert not same(trace.masks[5], trace.masks[6])                     # two steps, then three more: batches 1, 2, 5 come first
+    assert all(torch.isfinite(p).all() for p in learn.model.parameters())
