@@ -124,10 +124,10 @@ def zero_off_mask_(
     "Set `t` to 0 off `mask`, also where it is inf or NaN."
     t.data.masked_fill_(mask.logical_not(), 0)
 
-# %% ../nbs/04_topology.ipynb #1dacc1d6
+# %% ../nbs/04_topology.ipynb #04cf71f9
 class GradMask:
     "Tensor hook that keeps a parameter's gradient on its mask unless the `owner` wants it dense."
-    def __init__(self, module, pname): self.module,self.pname,self.owner = module,pname,None
+    def __init__(self, module, pname): self.module,self.pname,self.owner,self.passed = module,pname,None,False
 
     @property
     def dense(self):
@@ -136,8 +136,17 @@ class GradMask:
 
     def __call__(self, g):
         mask = getattr(self.module, f'{self.pname}_mask', None)
-        if mask is None or mask.shape != g.shape or self.dense: return g      # another shape: only nonzeros are stored
+        if mask is None or mask.shape != g.shape: return g      # another shape: only nonzeros are stored
+        if self.dense:
+            self.passed = True
+            return g
         return g.masked_fill(mask.logical_not(), 0)
+
+    def clean(self, p):
+        "Nobody asks for a dense gradient any more, but an interrupted batch may have left one."
+        if self.passed and not self.dense:
+            if p.grad is not None: zero_off_mask_(p.grad, getattr(self.module, f'{self.pname}_mask'))
+            self.passed = False
 
 # %% ../nbs/04_topology.ipynb #92e07c11
 def grad_mask(
@@ -158,12 +167,13 @@ def _owned(module):
     ms = (module, module.out_proj) if isinstance(module, nn.MultiheadAttention) else (module,)
     return [SparseParam(n, m, n) for m in ms for n,p in m._parameters.items() if p is not None and f'{n}_mask' in m._buffers]
 
-# %% ../nbs/04_topology.ipynb #ec1feaf6
+# %% ../nbs/04_topology.ipynb #548421a8
 def _enforce(module):
     for p in _owned(module):
         if p.mask.shape != p.param.shape: continue      # only nonzeros are stored
         zero_off_mask_(p.param, p.mask)
-        grad_mask(p)
+        h = grad_mask(p)
+        if h is not None: h.clean(p.param)
 
 # %% ../nbs/04_topology.ipynb #4e43387f
 class MaskHook:
@@ -206,15 +216,16 @@ def add_mask_hooks(
         _enforce(m)
     return SparseHooks(model)
 
-# %% ../nbs/04_topology.ipynb #39c45c43
+# %% ../nbs/04_topology.ipynb #6197b1b7
 def apply_masks(
     model:nn.Module, # A model with masks
     opt=None,        # Its optimizer: the slots are masked too
 ):
-    "Set every weight off its mask, and every optimizer slot of one, to 0."
+    "Set every weight off its mask, its gradient and every optimizer slot of it to 0."
     for p in sparse_params(model):
         if p.mask.shape != p.param.shape: continue
-        for t in (p.param, *opt_slots(opt, p.param).values()): zero_off_mask_(t, p.mask)
+        for t in (p.param, p.param.grad, *opt_slots(opt, p.param).values()):
+            if t is not None: zero_off_mask_(t, p.mask)
 
 # %% ../nbs/04_topology.ipynb #228d11cc
 def _fans(p):
