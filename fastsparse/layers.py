@@ -144,8 +144,12 @@ def random_index(
         return active_index(keep)
     got = torch.empty(0, dtype=torch.int64)
     while (short := k-got.numel()) > 0:
-        got = torch.cat([got, torch.randint(n, (short+short//8+8,), generator=generator)]).unique()
-    return got[torch.randperm(got.numel(), generator=generator)[:k].sort().values]
+        got = _sorted_unique(torch.cat([got, torch.randint(n, (short+short//8+8,), generator=generator)]))
+    return got if got.numel() == k else got[random_index(got.numel(), k, generator)]
+
+def _sorted_unique(i):
+    i = torch.from_numpy(np.sort(i.numpy()))  # several times faster than Tensor.unique
+    return i[F.pad(i.diff() != 0, (1,0), value=True)] if len(i) else i
 
 # %% ../nbs/05_layers.ipynb #0178447e
 class LinearGeometry(NamedTuple):
@@ -203,7 +207,7 @@ class Conv2dGeometry(NamedTuple):
         if len(x_shape) not in (3,4) or x_shape[-3] != self.n_in*self.groups: raise ValueError(f'input of shape {tuple(x_shape)}: {want}')
         t,b,l,r = self.padding
         room = [n+p-d*(k-1)-1 for n,p,d,k in zip(x_shape[-2:], (t+b,l+r), self.dilation, self.kernel)]
-        if min(room) < 0: raise ValueError(f'input of shape {tuple(x_shape)}: smaller than the {self.kernel} kernel, even padded by {self.padding}')
+        if any(n < 0 for n in room): raise ValueError(f'input of shape {tuple(x_shape)}: smaller than the {self.kernel} kernel, even padded by {self.padding}')
         return (*x_shape[:-3], self.n_out, *(n//s+1 for n,s in zip(room, self.stride)))
 
     def batched(self, t): return (t if t.dim()==4 else t[None]).contiguous()
@@ -417,7 +421,7 @@ def say_once(reason):
     warnings.warn(f'fastsparse computes a sparse layer on a dense weight: {reason}', DenseFallbackWarning, stacklevel=2)
 
 # %% ../nbs/05_layers.ipynb #43384d11
-_no_kernels = None if kernels.kernels_available() else f'the compiled kernels are missing: {kernels.why_not()}'
+_no_kernels = None if kernels.kernels_available() else kernels.why_not()
 _in_functorch = getattr(torch._C._functorch, 'peek_interpreter_stack', lambda: None)
 
 def _why_transformed():
@@ -463,6 +467,7 @@ def gathered_linear(x, values, indptr, indices, bias, n_rows):
 def dense_apply(geom, x, values, indptr, indices, bias):
     "What the sparse layer computes, by PyTorch's dense operators."
     shape = geom.weight_shape
+    if not x.is_nested: geom.out_shape(x.shape)
     if len(shape) == 2 and prod(shape) > _huge: return gathered_linear(x, values, indptr, indices, bias, shape[0])
     return geom.dense(x, dense_weight(values, indptr, indices, shape), bias)
 
@@ -536,7 +541,7 @@ class SparseModule(nn.Module):
         return m.index_fill_(0, self.flat_index, True).view(self.weight_shape)
 
     def dense_weight(self): return dense_weight(self.weight, self.indptr, self.indices, self.weight_shape)
-    def forward(self, x): return sparse_apply(self.geometry, x, self.weight, self.indptr, self.indices, self.bias)
+    def forward(self, input): return sparse_apply(self.geometry, input, self.weight, self.indptr, self.indices, self.bias)
 
 # %% ../nbs/05_layers.ipynb #672976f3
 @torch.no_grad()
@@ -630,7 +635,7 @@ class SparseConv2d(SparseModule):
 
     @property
     def geometry(self): return conv_geometry(self, {None:'', True:'planes', False:'batch'}[self.vectorizing_over_on])
-    def forward(self, x): return sparse_apply(self.geometry, pad_mode(self, x), self.weight, self.indptr, self.indices, self.bias)
+    def forward(self, input): return sparse_apply(self.geometry, pad_mode(self, input), self.weight, self.indptr, self.indices, self.bias)
     def reset_parameters(self): kaiming_sparse_(self.weight, self.bias, self.indptr)
     def extra_repr(self): return f'{nn.Conv2d.extra_repr(self)}, nnz={self.nnz}, sparsity={self.sparsity:.4f}'
 
@@ -809,15 +814,15 @@ class Compressed:
 class CompressedLinear(Compressed, nn.Linear):
     "An `nn.Linear` that `compress` changed in place."
     dense_type = nn.Linear
-    def forward(self, x):
+    def forward(self, input):
         geom = LinearGeometry(self.out_features, self.in_features)
-        return sparse_apply(geom, x, self.weight, self.weight_indptr, self.weight_indices, self.bias)
+        return sparse_apply(geom, input, self.weight, self.weight_indptr, self.weight_indices, self.bias)
 
 class CompressedConv2d(Compressed, nn.Conv2d):
     "An `nn.Conv2d` that `compress` changed in place."
     dense_type = nn.Conv2d
-    def forward(self, x):
-        return sparse_apply(conv_geometry(self), pad_mode(self, x), self.weight, self.weight_indptr, self.weight_indices, self.bias)
+    def forward(self, input):
+        return sparse_apply(conv_geometry(self), pad_mode(self, input), self.weight, self.weight_indptr, self.weight_indices, self.bias)
 
 compressed_types = {c.dense_type:c for c in (CompressedLinear, CompressedConv2d)}
 

@@ -549,6 +549,17 @@ class TestModule:
             assert torch.equal(torch.compile(m, backend='aot_eager', fullgraph=True)(x), m(x))
 
     @needs_kernels
+    def test_compile_with_dynamic_shapes(self, m):
+        torch._dynamo.reset()
+        compiles = []
+        def backend(gm, inputs): return compiles.append(1) or gm.forward
+        c,lead = torch.compile(m, backend=backend, dynamic=True, fullgraph=True),[2,5,11,7]
+        for n in lead:
+            x = torch.randn(n, 12) if isinstance(m, SparseLinear) else torch.randn(n, 3, n+5, 14-n)
+            torch.testing.assert_close(c(x), m(x))
+        assert len(compiles) == 1
+
+    @needs_kernels
     @pytest.mark.parametrize('strict', [False, True])
     def test_export(self, m, strict):
         x = input_of(m)
@@ -668,6 +679,7 @@ class TestSwap:
         fast,report = swap_modules_with_sparse(Two(), example_inputs=inputs(torch.randn(3, 8), torch.randn(3, 9)))
         assert [type(m) for m in (fast.p, fast.q, fast.unused)] == [SparseLinear, SparseLinear, nn.Linear]
         assert 'never reached' in report[2]['why']
+        fast(torch.randn(3, 8), torch.randn(3, 9))
         if isinstance(inputs(0,0), tuple): assert swap_modules_with_sparse(Two(), [(3,8),(3,9)])[1][0]['chosen'] == 'sparse'
 
     def test_model_that_is_one_layer(self, sparse_wins):
