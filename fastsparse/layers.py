@@ -138,14 +138,13 @@ def random_index(
 ) -> Tensor: # int64, sorted, distinct
     "`k` of the positions 0…`n`-1, all sets equally likely, in O(`k`) memory."
     if not 0 <= k <= n: raise ValueError(f'cannot choose {k} of {n} positions')
-    if k > n//2:
-        keep = torch.ones(n, dtype=torch.bool)
-        keep[random_index(n, n-k, generator)] = False
-        return active_index(keep)
+    if n <= 4*k+64: return torch.randperm(n, generator=generator)[:k].sort().values
     got = torch.empty(0, dtype=torch.int64)
     while (short := k-got.numel()) > 0:
         got = _sorted_unique(torch.cat([got, torch.randint(n, (short+short//8+8,), generator=generator)]))
-    return got if got.numel() == k else got[random_index(got.numel(), k, generator)]
+    keep = torch.ones(got.numel(), dtype=torch.bool)
+    if len(got) > k: keep[random_index(len(got), len(got)-k, generator)] = False
+    return got[keep]
 
 def _sorted_unique(i):
     i = torch.from_numpy(np.sort(i.numpy()))  # several times faster than Tensor.unique
