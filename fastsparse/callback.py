@@ -73,7 +73,7 @@ def borrowed_slots(
             zero_off_mask_(p.param, p.mask)
             _return(p, opt, store.setdefault(p.name, {}))
 
-# %% ../nbs/07_callback.ipynb #d6ed41b5
+# %% ../nbs/07_callback.ipynb #ed914c7d
 class KernelSwitch:
     "The part of a callback that puts layers on the compiled kernels and takes them off again."
     def __init__(self, mode, threshold, keep):
@@ -81,12 +81,12 @@ class KernelSwitch:
         self.mode,self.threshold,self.keep = mode,check_sparsity(threshold, 'sparsity_threshold'),keep
         self.compute,self.stale = None,False
 
-    def start(self, learn, keep_dense=lambda p: None):
+    def start(self, learn, dense_grad=lambda p: False):
         "Before fit. Raises `ValueError` if kernels are insisted on and some layer can't use them."
         expand_model(learn.model, learn.opt)
         self.compute,self.stale = None,True
         if self.mode is False: return
-        self.compute = learn.sparse_compute = SparseCompute(learn.model, learn.opt, self.mode, self.threshold, keep_dense)
+        self.compute = learn.sparse_compute = SparseCompute(learn.model, learn.opt, self.mode, self.threshold, dense_grad)
         self.compute.watch()
 
     def set(self, dense):
@@ -140,7 +140,7 @@ def sparse_kernels_report(
     if compute is None or not compute.log: raise ValueError("no decision yet: train with `sparse_kernels='auto'` first.")
     return pd.DataFrame(list(compute.log.values())).set_index('layer')
 
-# %% ../nbs/07_callback.ipynb #87ac3946
+# %% ../nbs/07_callback.ipynb #3e997ce3
 class DynamicSparseTrainingCallback(Callback):
     "Prune and grow the connections of a sparsified model while it trains. Leave it out, and sparsity is static."
     order,run_valid = 95,False
@@ -205,7 +205,7 @@ class DynamicSparseTrainingCallback(Callback):
         self.every = self.batches_per_update or (100 if self.update_replaces_step else max(1, self.n_steps//self.learn.n_epoch))
         if not any(is_update_step(i, self.n_steps, self.every, self.stop_pct) for i in range(self.n_steps)):
             warnings.warn(f"connectivity will not change: no update falls into {self.n_steps} optimizer steps at batches_per_update={self.every}. Lower it.")
-        self.kernels.start(self.learn, lambda p: self._every_grad and self._moves(p) and "its score needs every step's dense gradient")
+        self.kernels.start(self.learn, lambda p: self._every_grad and self._moves(p))
         apply_masks(self.learn.model, self.learn.opt)
         self.ever_active = {p.name: p.mask.clone() for p in ps}
         self._own(ps)
