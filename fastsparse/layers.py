@@ -9,11 +9,11 @@ __all__ = ['plan_cache', 'compressed_types', 'active_index', 'gather', 'scatter'
            'SparseFunction', 'linear_op', 'linear_backward_input_op', 'linear_backward_weight_op', 'conv2d_op',
            'conv2d_backward_input_op', 'conv2d_backward_weight_op', 'DenseFallbackWarning', 'say_once', 'why_dense',
            'dense_weight', 'gathered_linear', 'dense_apply', 'sparse_apply', 'replace_storage', 'SparseModule',
-           'kaiming_sparse_', 'make_structure', 'SparseLinear', 'SparseConv2d', 'conv_geometry', 'pad_mode', 'mask_of',
-           'is_compressed', 'Compressed', 'CompressedLinear', 'CompressedConv2d', 'why_not_compress', 'hold_interrupts',
-           'compress', 'expand', 'interleaved_ms', 'training_step', 'measure_layer', 'sparsify_conv2d_auto',
-           'SwapReport', 'layer_inputs', 'is_skipped', 'layer_sparsity', 'carry_hooks', 'leave_fused_path',
-           'swap_modules_with_sparse']
+           'kaiming_sparse_', 'check_mask', 'make_structure', 'SparseLinear', 'SparseConv2d', 'conv_geometry',
+           'pad_mode', 'mask_of', 'is_compressed', 'Compressed', 'CompressedLinear', 'CompressedConv2d',
+           'why_not_compress', 'hold_interrupts', 'compress', 'expand', 'interleaved_ms', 'training_step',
+           'measure_layer', 'sparsify_conv2d_auto', 'SwapReport', 'layer_inputs', 'is_skipped', 'layer_sparsity',
+           'carry_hooks', 'leave_fused_path', 'swap_modules_with_sparse']
 
 # %% ../nbs/05_layers.ipynb #4fad2516
 import numpy as np, signal, threading, torch, torch.nn.functional as F, warnings, weakref
@@ -202,11 +202,11 @@ class Conv2dGeometry(NamedTuple):
 
     def out_shape(self, x_shape):
         "Raises `ValueError` if an input of `x_shape` does not fit."
-        want = f'expected ([batch,] {self.n_in*self.groups} channels, height, width)'
-        if len(x_shape) not in (3,4) or x_shape[-3] != self.n_in*self.groups: raise ValueError(f'input of shape {tuple(x_shape)}: {want}')
+        got,c = f'input of shape {tuple(x_shape)}',self.n_in*self.groups
+        if len(x_shape) not in (3,4) or x_shape[-3] != c: raise ValueError(f'{got}: expected ([batch,] {c} channels, height, width)')
         t,b,l,r = self.padding
         room = [n+p-d*(k-1)-1 for n,p,d,k in zip(x_shape[-2:], (t+b,l+r), self.dilation, self.kernel)]
-        if any(n < 0 for n in room): raise ValueError(f'input of shape {tuple(x_shape)}: smaller than the {self.kernel} kernel, even padded by {self.padding}')
+        if any(n < 0 for n in room): raise ValueError(f'{got}: smaller than the {self.kernel} kernel, even padded by {self.padding}')
         return (*x_shape[:-3], self.n_out, *(n//s+1 for n,s in zip(room, self.stride)))
 
     def batched(self, t): return (t if t.dim()==4 else t[None]).contiguous()
@@ -304,12 +304,14 @@ def linear_op(x:Tensor, values:Tensor, indptr:Tensor, indices:Tensor, bias:Optio
     geom = LinearGeometry(indptr.numel()-1, n_cols)
     return run_forward(geom, plan_for(geom, indptr, indices), x, values, bias)
 
+# %% ../nbs/05_layers.ipynb #ec923bca
 @torch.library.custom_op('fastsparse::linear_backward_input', mutates_args=(), device_types='cpu')
 def linear_backward_input_op(dy:Tensor, values:Tensor, indptr:Tensor, indices:Tensor, n_cols:int) -> Tensor:
     "Input gradient of `fastsparse::linear`."
     geom = LinearGeometry(indptr.numel()-1, n_cols)
     return run_backward(geom, plan_for(geom, indptr, indices), None, dy, values, (*dy.shape[:-1], n_cols), True, False)[0]
 
+# %% ../nbs/05_layers.ipynb #058d9160
 @torch.library.custom_op('fastsparse::linear_backward_weight', mutates_args=(), device_types='cpu')
 def linear_backward_weight_op(x:Tensor, dy:Tensor, indptr:Tensor, indices:Tensor) -> Tensor:
     "Weight gradient of `fastsparse::linear` at the positions of a structure."
@@ -326,6 +328,7 @@ def _(dy, values, indptr, indices, n_cols): return dy.new_empty((*dy.shape[:-1],
 @linear_backward_weight_op.register_fake
 def _(x, dy, indptr, indices): return x.new_empty(indices.shape)
 
+# %% ../nbs/05_layers.ipynb #cc0bb498
 def _linear_setup(ctx, inputs, output):
     x,values,indptr,indices,bias,ctx.n_cols = inputs
     ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, values if ctx.needs_input_grad[0] else None, indptr, indices)
@@ -342,6 +345,7 @@ linear_op.register_autograd(_linear_backward, setup_context=_linear_setup)
 def _conv_geometry(indptr, n_in, kernel, stride, padding, dilation, groups, layout):
     return Conv2dGeometry(indptr.numel()-1, n_in, tuple(kernel), tuple(stride), tuple(padding), tuple(dilation), groups, layout)
 
+# %% ../nbs/05_layers.ipynb #9d59c749
 @torch.library.custom_op('fastsparse::conv2d', mutates_args=(), device_types='cpu')
 def conv2d_op(x:Tensor, values:Tensor, indptr:Tensor, indices:Tensor, bias:Optional[Tensor], n_in:int, kernel:Sequence[int],
               stride:Sequence[int], padding:Sequence[int], dilation:Sequence[int], groups:int, layout:str) -> Tensor:
@@ -349,6 +353,7 @@ def conv2d_op(x:Tensor, values:Tensor, indptr:Tensor, indices:Tensor, bias:Optio
     geom = _conv_geometry(indptr, n_in, kernel, stride, padding, dilation, groups, layout)
     return run_forward(geom, plan_for(geom, indptr, indices), x, values, bias)
 
+# %% ../nbs/05_layers.ipynb #157b709d
 @torch.library.custom_op('fastsparse::conv2d_backward_input', mutates_args=(), device_types='cpu')
 def conv2d_backward_input_op(dy:Tensor, values:Tensor, indptr:Tensor, indices:Tensor, height:int, width:int, n_in:int, kernel:Sequence[int],
                              stride:Sequence[int], padding:Sequence[int], dilation:Sequence[int], groups:int, layout:str) -> Tensor:
@@ -356,6 +361,7 @@ def conv2d_backward_input_op(dy:Tensor, values:Tensor, indptr:Tensor, indices:Te
     geom = _conv_geometry(indptr, n_in, kernel, stride, padding, dilation, groups, layout)
     return run_backward(geom, plan_for(geom, indptr, indices), None, dy, values, (*dy.shape[:-3], n_in*groups, height, width), True, False)[0]
 
+# %% ../nbs/05_layers.ipynb #c3d0bf2b
 @torch.library.custom_op('fastsparse::conv2d_backward_weight', mutates_args=(), device_types='cpu')
 def conv2d_backward_weight_op(x:Tensor, dy:Tensor, indptr:Tensor, indices:Tensor, n_in:int, kernel:Sequence[int],
                               stride:Sequence[int], padding:Sequence[int], dilation:Sequence[int], groups:int, layout:str) -> Tensor:
@@ -375,6 +381,7 @@ def _(dy, values, indptr, indices, height, width, n_in, kernel, stride, padding,
 @conv2d_backward_weight_op.register_fake
 def _(x, dy, indptr, indices, *geom): return x.new_empty(indices.shape)
 
+# %% ../nbs/05_layers.ipynb #4aff8a8f
 def _conv2d_setup(ctx, inputs, output):
     x,values,indptr,indices,_,*ctx.geom = inputs
     ctx.hw = x.shape[-2:]
@@ -487,7 +494,9 @@ def sparse_apply(
     indices:Tensor,    # int32, one per nonzero
     bias:Tensor=None,  # One per row
 ) -> Tensor: # In x's dtype; under autocast in autocast's
-    "Apply a sparse layer: kernels where they apply, `dense_apply` elsewhere. Raises `ValueError` on a shape and `TypeError` on a dtype that does not fit."
+    """Apply a sparse layer: kernels where they apply, `dense_apply` elsewhere.
+
+    Raises: ValueError on a shape that does not fit, TypeError on an input dtype other than the weight's."""
     if has_torch_function_unary(x): return handle_torch_function(sparse_apply, (x,), geom, x, values, indptr, indices, bias)
     cast = torch.is_autocast_enabled('cpu') and x.is_cpu
     why = why_dense(geom, x, values)
@@ -551,15 +560,22 @@ def kaiming_sparse_(weight, bias, indptr):
     weight.uniform_(-1, 1).mul_(bound.repeat_interleave(counts, output_size=weight.numel()))
     if bias is not None: bias.uniform_(-1, 1).mul_(bound)
 
+# %% ../nbs/05_layers.ipynb #d0723102
+def check_mask(
+    mask:Tensor,
+    shape:tuple, # Of the weight
+) -> Tensor: # Bool
+    "`mask` as bool. Raises `ValueError` unless it has the weight's shape."
+    if mask.shape != shape: raise ValueError(f'mask of shape {tuple(mask.shape)} for a weight of shape {tuple(shape)}')
+    return mask.bool()
+
 # %% ../nbs/05_layers.ipynb #d45f9080
 def make_structure(shape, mask=None, sparsity=None, indptr=None, indices=None, generator=None):
     "`indptr` and `indices` for a weight of `shape`, from exactly one of a mask, a sparsity, or themselves."
     given = [k for k,v in dict(mask=mask, sparsity=sparsity, indices=indices).items() if v is not None]
     if len(given) != 1: raise ValueError(f'give exactly one of mask=, sparsity= and indptr= with indices=, got {given or "none"}')
     n_rows,n_cols = shape[0],prod(shape[1:])
-    if mask is not None:
-        if mask.shape != shape: raise ValueError(f'mask of shape {tuple(mask.shape)} for a weight of shape {tuple(shape)}')
-        return csr_from_mask(mask.bool())
+    if mask is not None: return csr_from_mask(check_mask(mask, shape))
     if sparsity is not None:
         if not 0 <= sparsity <= 1: raise ValueError(f'sparsity is a share of zeros in 0…1, got {sparsity}')
         return csr_from_index(random_index(n_rows*n_cols, round((1-sparsity)*n_rows*n_cols), generator), n_rows, n_cols)
@@ -602,7 +618,8 @@ class SparseLinear(SparseModule):
     def geometry(self): return LinearGeometry(self.out_features, self.in_features)
     def reset_parameters(self): kaiming_sparse_(self.weight, self.bias, self.indptr)
     def extra_repr(self):
-        return f'in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, nnz={self.nnz}, sparsity={self.sparsity:.4f}'
+        return (f'in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, '
+                f'nnz={self.nnz}, sparsity={self.sparsity:.4f}')
 
 # %% ../nbs/05_layers.ipynb #fab3e844
 class SparseConv2d(SparseModule):
@@ -663,8 +680,7 @@ def mask_of(
     "Which weights of a dense module exist: `mask`, or its `weight_mask` buffer, or its nonzeros. Raises `ValueError` on a wrong shape."
     if mask is None: mask = getattr(module, 'weight_mask', None)
     if mask is None: return module.weight.detach() != 0
-    if mask.shape != module.weight.shape: raise ValueError(f'mask of shape {tuple(mask.shape)} for a weight of shape {tuple(module.weight.shape)}')
-    return mask.bool()
+    return check_mask(mask, module.weight.shape)
 
 # %% ../nbs/05_layers.ipynb #894442d3
 def _weight_of(m): return m.weight_orig*m.weight_mask if 'weight_orig' in m._parameters else m.weight
@@ -769,7 +785,8 @@ def _check_entries(self, sd):
     if not got: return False
     shape = tuple(sd.get('dense_shape', torch.tensor(self.weight_shape)).tolist())
     if shape != tuple(self.weight_shape): raise ValueError(f'it is for a weight of shape {shape}, expected {tuple(self.weight_shape)}')
-    if sd['weight'].dim() != 1: raise ValueError(f'weight of shape {tuple(sd["weight"].shape)} is dense: load it into a dense layer and use from_dense')
+    if sd['weight'].dim() != 1:
+        raise ValueError(f'weight of shape {tuple(sd["weight"].shape)} is dense: load it into a dense layer and use from_dense')
     check_csr(sd['indptr'], sd['indices'], self.weight_shape[0], prod(self.weight_shape[1:]), sd['weight'].numel())
     return True
 
@@ -856,10 +873,12 @@ def compress(
     name:str='weight', # Which parameter; only this one can be
     mask:Tensor=None, # Bool: which weights exist; None: buffer `weight_mask`, else the nonzeros
 ) -> nn.Module: # `module` itself
-    "Store and compute only the nonzeros of a layer, in place. Weights and gradients off the mask are dropped. Raises `TypeError` where that is impossible."
+    """Store and compute only the nonzeros of a layer, in place. Weights and gradients off the mask are dropped.
+
+    Raises: TypeError where that is impossible, ValueError on a mask of another shape."""
     if is_compressed(module):
         if mask is None: return module
-        if mask.shape != module.weight_shape: raise ValueError(f'mask of shape {tuple(mask.shape)} for a weight of shape {tuple(module.weight_shape)}')
+        mask = check_mask(mask, module.weight_shape)
         expand(module)
     why = why_not_compress(module) if name == 'weight' else f'its parameter {name!r} is not `weight`'
     if why: raise TypeError(f'cannot compress this {type(module).__name__}: {why}')
@@ -888,10 +907,11 @@ def expand(
 ) -> nn.Module: # `module` itself
     "Make a compressed layer dense again, in place: zeros off the mask, gradients scattered."
     if not is_compressed(module): return module
-    w = module.weight
+    w,shape = module.weight,module.weight_shape
     form = torch.channels_last if module._weight_channels_last else torch.contiguous_format
-    flat = flat_index(module.weight_indptr, module.weight_indices, prod(module.weight_shape[1:]))
-    def dense(t): return None if t is None else t.new_zeros(prod(module.weight_shape)).scatter_(0, flat, t).view(module.weight_shape).contiguous(memory_format=form)
+    flat = flat_index(module.weight_indptr, module.weight_indices, prod(shape[1:]))
+    def dense(t):
+        if t is not None: return t.new_zeros(prod(shape)).scatter_(0, flat, t).view(shape).contiguous(memory_format=form)
     values,grad = dense(w.detach()),dense(w.grad)
     with hold_interrupts():
         replace_storage(w, values, grad)
@@ -943,7 +963,8 @@ def measure_layer(
         x,dense = torch.randn(input_shape),sparse.to_dense()
         steps = dict(sparse=training_step(sparse, x, need_dx), dense=training_step(dense, x, need_dx))
         if x.dim() == 4:
-            steps['channels_last'] = training_step(deepcopy(dense).to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last), need_dx)
+            last = torch.channels_last
+            steps['channels_last'] = training_step(deepcopy(dense).to(memory_format=last), x.to(memory_format=last), need_dx)
         return interleaved_ms(steps, reps)
 
 # %% ../nbs/05_layers.ipynb #1bcbd2a9
@@ -1128,7 +1149,8 @@ def swap_modules_with_sparse(
 # %% ../nbs/05_layers.ipynb #d6646244
 def _random_inputs(shape):
     if shape is None: return None
-    with torch.random.fork_rng(devices=[]): return tuple(torch.randn(s) for s in (shape if isinstance(shape[0], (tuple,list,torch.Size)) else [shape]))
+    shapes = shape if isinstance(shape[0], (tuple,list)) else [shape]
+    with torch.random.fork_rng(devices=[]): return tuple(torch.randn(s) for s in shapes)
 
 def _row(m, names, shapes, dense_ms, sparse_ms, new, why):
     shape = m.weight_shape if is_compressed(m) else tuple(m.weight.shape)
