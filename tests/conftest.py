@@ -15,11 +15,14 @@ def toy_items(n=64, dtype=torch.float32, n_in=6, n_out=3):
     x = torch.randn(n, n_in, generator=g, dtype=torch.float64).to(dtype)
     return list(zip(x, (x @ torch.randn(n_in, n_out, generator=g, dtype=torch.float64).to(dtype)).argmax(1)))
 
+class Items(list):
+    def new_empty(self): return Items()
+
 def toy_dls(n=64, bs=8, dtype=torch.float32, items=None):
     "Without shuffling: batch `i` is the same in every epoch"
     from fastai.basics import DataLoader, DataLoaders
-    items = items or toy_items(n, dtype)
-    return DataLoaders(DataLoader(items, bs=bs), DataLoader(items[:16], bs=bs))
+    items = Items(items or toy_items(n, dtype))
+    return DataLoaders(DataLoader(items, bs=bs), DataLoader(Items(items[:16]), bs=bs))
 
 def toy_learner(sparsity=0.7, opt_func=None, model=None, dls=None, cbs=None, path='.', lr=0.05, n=64, bs=8, dtype=torch.float32, loss_func=F.cross_entropy, **kw):
     from fastai.basics import Learner, SGD

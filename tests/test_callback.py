@@ -11,7 +11,7 @@ from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.schedule import fine_tune, lr_find
 from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
 from fastai.callback.training import GradientAccumulation, GradientClip, ShortEpochCallback
-from fastsparse import (DynamicSparseTrainingCallback as DST, EverActive, RigL_presets, SET_presets, SNFS_presets, Sparsity, gradient_magnitude, random_score, sparse_params,
+from fastsparse import (DynamicSparseTrainingCallback as DST, EverActive, RigL_presets, SET_presets, SNFS_presets, Sparsity, add_mask_hooks, gradient_magnitude, random_score, sparse_params,
                         sparsify_model, weight_magnitude)
 from fastsparse.schedule import is_update_step
 from conftest import assert_sparse, counts, fit, masked, masks, quiet, same, slots, state, toy_dls, toy_items, toy_learner, toy_net
@@ -157,8 +157,7 @@ def run_beside(method, opt, n_epoch=4, every=4):
             for mine,s in zip(slots(learn.opt, p).values(), ref.slots[n].values()): assert mine.equal(s*ref.ms[n]), f'slot of {n}'
     assert len(trace.weights) == n_epoch*8 and len(cb.updates) >= 4 and all(u['grown'] != [0, 0, 0] for u in cb.updates[:3])
 
-@pytest.mark.parametrize('opt', ['sgd', 'momentum', 'adam', 'torch_adam'])
-@pytest.mark.parametrize('method', ['RigL', 'SET'])
+@pytest.mark.parametrize('method,opt', [(m, o) for m in presets for o in ('sgd', 'momentum', 'adam', 'torch_adam') if (m, o) != ('SNFS', 'sgd')])
 def test_reference_semantics(method, opt): run_beside(method, opt)
 
 def test_presets_are_the_papers():
@@ -319,6 +318,14 @@ def test_a_large_negative_momentum_grows():
 
 # --- zero off the masks, always
 
+def torch_loop(learn):
+    opt = T.SGD(learn.model.parameters(), lr=.1, momentum=.9)
+    for x,y in learn.dls.train:
+        F.cross_entropy(learn.model(x), y).backward()
+        for n,p,m in masked(learn.model): assert not p.grad[~m].any()
+        opt.step(); opt.zero_grad()
+        assert_sparse(learn.model, opt)
+
 @pytest.mark.parametrize('method', [None, *presets])
 @pytest.mark.parametrize('opt', opts)
 def test_every_optimizer_at_every_event(opt, method):
@@ -369,6 +376,27 @@ def test_interrupted_inside_the_optimizer(method, at):
     learn = toy_learner(opt_func=opt_func)
     with pytest.raises(KeyboardInterrupt): fit(learn, 2, cbs=dst(method, stop_pct=1.))
     assert_sparse(learn.model, learn.opt)
+    fit(learn, 1, cbs=watches(learn))
+
+leaks = [(m, ex, e) for m in presets for ex in (KeyboardInterrupt, CancelFitException) for e in ('after_backward', 'before_step', 'after_step', 'after_batch')
+         if (m, ex, e) != ('SET', KeyboardInterrupt, 'after_step')]
+@pytest.mark.parametrize('method,ex,event', leaks)
+def test_the_fit_after_an_interrupted_one_stays_sparse(method, ex, event):
+    learn = interrupted(method, event, 50, ex)
+    fit(learn, 1, cbs=watches(learn))
+
+@each_method
+def test_the_torch_loop_after_an_interrupted_fit_stays_sparse(method):
+    learn = interrupted(method, 'after_backward', 50, KeyboardInterrupt)
+    torch_loop(learn)
+
+@each_method
+def test_the_fit_after_a_failed_score_stays_sparse(method):
+    learn = toy_learner()
+    def fails(p, opt): raise RuntimeError('oh')
+    with pytest.raises(ValueError, match='0.weight'): fit(learn, 1, cbs=dst(method, grow_score_f=fails))
+    assert_sparse(learn.model, learn.opt)
+    fit(learn, 1, cbs=watches(learn))
 
 class Boom(T.Adam):
     n = 0
@@ -398,7 +426,7 @@ def test_interrupted_inside_a_score(method, role):
 @each_method
 def test_sparse_after_save_load_and_remove(method, tmp_path):
     learn = toy_learner(path=tmp_path, opt_func=Adam)
-    hooks = fastsparse_hooks(learn)
+    hooks = add_mask_hooks(learn.model)
     fit(learn, 2, cbs=dst(method))
     learn.save('m')
     saved,old = state(learn.model),masks(learn.model)
@@ -414,13 +442,8 @@ def test_sparse_after_save_load_and_remove(method, tmp_path):
     fit(fresh, 1, cbs=[dst(method), *watches(fresh)])
     hooks.remove()
     assert_sparse(learn.model, learn.opt)
-    learn.validate = learn.validate
     with quiet(learn): learn.validate()
     assert_sparse(learn.model, learn.opt)
-
-def fastsparse_hooks(learn):
-    from fastsparse import add_mask_hooks
-    return add_mask_hooks(learn.model)
 
 @pytest.mark.parametrize('enforce', [True, False])
 @each_method
@@ -437,12 +460,7 @@ def test_after_the_fit_the_model_is_an_ordinary_sparse_one(method):
     "Gradients are on the mask again, also for a torch loop"
     learn = toy_learner()
     fit(learn, 2, cbs=dst(method))
-    opt = T.SGD(learn.model.parameters(), lr=.1, momentum=.9)
-    for x,y in learn.dls.train:
-        F.cross_entropy(learn.model(x), y).backward()
-        for n,p,m in masked(learn.model): assert not p.grad[~m].any()
-        opt.step(); opt.zero_grad()
-        assert_sparse(learn.model, opt)
+    torch_loop(learn)
 
 def test_a_score_sees_each_method_s_gradient():
     "Dense where it is asked for, on the mask elsewhere"
@@ -478,7 +496,7 @@ def test_one_layer_that_is_not_finite_postpones_all():
     fit(learn, 1, cbs=[cb, At('after_backward', spoil)])
     assert [u['step'] for u in cb.updates] == [4]
 
-def test_gradients_that_are_never_finite_change_no_mask():
+def test_gradients_that_are_never_finite_change_nothing():
     learn = toy_learner()
     before = state(learn.model)
     cb = dst(every=1, stop_pct=1.)
@@ -509,3 +527,263 @@ def test_a_step_that_amp_skips_moves_neither_weights_nor_position(method):
     for i in (3, 4): assert same(trace.weights[i], trace.weights[i-1]) and same(trace.masks[i], trace.masks[i-1])
     assert not same(trace.masks[5], trace.masks[6])                     # two steps, then three more: batches 1, 2, 5 come first
     assert all(torch.isfinite(p).all() for p in learn.model.parameters())
+
+# --- beside fastai's other callbacks
+
+@each_method
+@pytest.mark.parametrize('how,kw', [('fit_one_cycle', {}), ('fit_flat_cos', {}), ('fit', dict(wd=.1))])
+def test_fit_methods(method, how, kw):
+    learn = toy_learner(opt_func=Adam)
+    cb = dst(method)
+    fit(learn, 2, how=how, cbs=[cb, *watches(learn)], **kw)
+    assert len(cb.updates) == (3 if method == 'RigL' else 4)
+
+@each_method
+def test_gradient_clip(method):
+    learn,norms = toy_learner(),[]
+    fit(learn, 1, cbs=[dst(method), GradientClip(.01), At('before_step', lambda l: norms.append(float(torch.stack([p.grad.norm() for p in l.model.parameters()]).norm()))), *watches(learn)])
+    assert len(norms) == 8 and max(norms) < .0101
+
+def halves(m): return [params(m[0]), params(m[2:])]
+
+@each_method
+def test_a_frozen_layers_mask_stays(method):
+    learn = toy_learner(splitter=halves)
+    before = masks(learn.model)
+    learn.freeze()
+    fit(learn, 2, cbs=[dst(method), *watches(learn)])
+    now = masks(learn.model)
+    assert now['0.weight'].equal(before['0.weight']) and not now['2.weight'].equal(before['2.weight'])
+    learn.unfreeze()
+    fit(learn, 2, cbs=[dst(method), *watches(learn)])
+    assert not masks(learn.model)['0.weight'].equal(now['0.weight'])
+    now = masks(learn.model)
+    learn.freeze()
+    fit(learn, 2, cbs=[dst(method), *watches(learn)])
+    assert masks(learn.model)['0.weight'].equal(now['0.weight'])
+
+@each_method
+def test_fine_tune(method):
+    learn,seen = toy_learner(splitter=halves),[]
+    start = masks(learn.model)['0.weight']
+    fit(learn, 2, how='fine_tune', freeze_epochs=1, cbs=[dst(method), At('after_fit', lambda l: seen.append(masks(l.model)['0.weight'])), *watches(learn)])
+    assert seen[0].equal(start) and not seen[1].equal(start)
+
+def test_layers_that_are_all_frozen_or_chosen():
+    learn = toy_learner()
+    before = masks(learn.model)
+    cb = dst(sparse_modules=[learn.model[2]])
+    fit(learn, 1, cbs=[cb, *watches(learn)])
+    assert [n for n,m in masks(learn.model).items() if not m.equal(before[n])] == ['2.weight'] and cb.updates[0]['names'] == ['2.weight']
+    with pytest.raises(ValueError, match='no layer has a mask'): fit(learn, 1, cbs=dst(sparse_modules=[nn.Linear(2, 2)]))
+
+@each_method
+def test_save_model_callback(method, tmp_path):
+    learn = toy_learner(path=tmp_path)
+    worse = At('after_validate', lambda l: setattr(l.model[4].bias, 'data', l.model[4].bias.data + 10*l.epoch), valid=True)       # the first epoch stays the best
+    fit(learn, 3, cbs=[dst(method, 2, stop_pct=1.), SaveModelCallback(with_opt=True), worse, *watches(learn)])
+    best = torch.load(tmp_path/'models'/'model.pth', weights_only=False)['model']
+    assert same({k: best[k] for k in state(learn.model)}, state(learn.model))
+    assert_sparse(learn.model, learn.opt)
+    fit(learn, 1, cbs=[dst(method), *watches(learn)])
+
+def test_early_stopping():
+    learn = toy_learner(lr=0.)
+    cb = dst('SET', 1)
+    fit(learn, 9, cbs=[cb, EarlyStoppingCallback(min_delta=100, patience=2), *watches(learn)])
+    assert cb.updates[-1]['step'] < 40
+    assert_sparse(learn.model, learn.opt)
+
+@each_method
+@pytest.mark.parametrize('persistent', [True, False])
+def test_export_and_load_learner(method, persistent, tmp_path):
+    learn = toy_learner(path=tmp_path, cbs=dst(method) if persistent else None)
+    fit(learn, 1, cbs=None if persistent else dst(method))
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        learn.export('x.pkl')
+        twin = load_learner(tmp_path/'x.pkl')
+    assert same(state(learn.model), state(twin.model))
+    for l in (learn, twin):
+        l.dls = toy_dls()
+        before = masks(l.model)
+        fit(l, 1, cbs=[*watches(l), *([] if persistent else [dst(method)])])
+        assert not same(before, masks(l.model))
+        fit(toy_learner(None, model=l.model), 1, cbs=watches(l))            # static
+
+@pytest.mark.parametrize('persistent', [True, False])
+@pytest.mark.parametrize('opt', ['momentum', 'adam', 'torch_adam', 'ranger'])
+def test_lr_find_leaves_masks_and_weights(opt, persistent, tmp_path):
+    cb = dst('SNFS')
+    learn = toy_learner(path=tmp_path, opt_func=opts[opt], cbs=cb if persistent else None)
+    before = state(learn.model)
+    with quiet(learn): learn.lr_find(num_it=12, show_plot=False)
+    assert same(before, state(learn.model))
+    fit(learn, 1, cbs=[*([] if persistent else [cb]), *watches(learn)])
+    before,grads = state(learn.model),[]
+    with quiet(learn): learn.lr_find(num_it=12, show_plot=False)
+    assert same(before, state(learn.model))
+    assert_sparse(learn.model, learn.opt)
+    torch_loop(learn)
+
+@each_method
+def test_validation_and_prediction_move_nothing(method):
+    learn = toy_learner(cbs=dst(method))
+    fit(learn, 1)
+    before = state(learn.model)
+    with quiet(learn): learn.validate(), learn.get_preds()
+    assert same(before, state(learn.model))
+
+class Averaged(Callback):
+    "Keeps a deepcopy of the model, averaged after every batch"
+    order,run_valid = 200,False
+    def before_fit(self): self.copy = copy.deepcopy(self.learn.model)
+    def after_batch(self):
+        with torch.no_grad():
+            for a,b in zip(self.copy.parameters(), self.learn.model.parameters()): a.lerp_(b, .1)
+            for a,b in zip(self.copy.buffers(), self.learn.model.buffers()): a.copy_(b)
+
+@each_method
+def test_a_callback_that_deepcopies_the_model(method):
+    learn,ema = toy_learner(),Averaged()
+    x = torch.randn(4, 6)
+    fit(learn, 2, cbs=[dst(method), ema, *watches(learn)])
+    before = state(learn.model)
+    assert ema.copy(x).isfinite().all() and same(masks(ema.copy), masks(learn.model))
+    assert_sparse(ema.copy)
+    torch_loop(toy_learner(None, model=ema.copy))
+    assert same(before, state(learn.model))
+
+@each_method
+def test_deepcopy_of_a_trained_model_is_independent(method):
+    learn = toy_learner()
+    fit(learn, 1, cbs=dst(method))
+    twin = toy_learner(None, model=copy.deepcopy(learn.model))
+    before = state(learn.model)
+    fit(twin, 1, cbs=[dst(method), *watches(twin)])
+    assert same(before, state(learn.model)) and not same(masks(twin.model), masks(learn.model))
+
+@each_method
+def test_callback_in_a_second_fit_and_a_second_learner(method):
+    "State is that of one fit, and nothing of the first learner is held or touched."
+    cb = dst(method)
+    a,b = toy_learner(),toy_learner()
+    fit(a, 1, cbs=cb)
+    fit(a, 1, cbs=[cb, *watches(a)])
+    assert [u['step'] for u in cb.updates] == ([3] if method == 'RigL' else [3, 6])
+    before = state(a.model)
+    fit(b, 1, cbs=[cb, *watches(b)])
+    assert same(before, state(a.model))
+    torch_loop(a)
+    alone = toy_learner()
+    torch.manual_seed(5); fit(alone, 1, cbs=dst(method))
+    again = toy_learner()
+    torch.manual_seed(5); fit(again, 1, cbs=cb)
+    assert same(state(alone.model), state(again.model))
+
+@each_method
+def test_persistent_callback(method):
+    cb = dst(method)
+    learn = toy_learner(cbs=cb)
+    for _ in range(2):
+        before = masks(learn.model)
+        fit(learn, 1, cbs=watches(learn))
+        assert not same(before, masks(learn.model)) and len(cb.updates) == (1 if method == 'RigL' else 2)
+    torch_loop(learn)
+
+def test_presets_are_shared_and_not_changed():
+    before = {k: dict(v) for k,v in presets.items()}
+    for m in presets: fit(toy_learner(), 1, cbs=DST(**presets[m], batches_per_update=2))
+    assert before == presets
+    DST(**{**RigL_presets, 'stop_pct': 0.6})
+
+def test_two_learners_at_once():
+    "One is trained from inside the other's fit"
+    a,b = toy_learner(),toy_learner()
+    fit(a, 1, cbs=[dst('SNFS'), At('after_backward', lambda l: fit(b, 1, cbs=[dst('RigL'), *watches(b)]), n=3), *watches(a)])
+
+def test_sparsify_a_learner_in_the_midst_of_its_life():
+    learn = toy_learner(None, opt_func=Adam)
+    fit(learn, 1)
+    sparsify_model(learn, .7)
+    assert_sparse(learn.model, learn.opt)
+    fit(learn, 1, cbs=[dst(), *watches(learn)])
+    sparsify_model(learn, .9)
+    assert_sparse(learn.model, learn.opt)
+    fit(learn, 1, cbs=[dst(), *watches(learn)])
+
+# --- custom scores
+
+def saliency(param, opt): return (param*param.grad).abs()
+def age(param, opt, **kw): return kw['mask'].int()
+class Noise:
+    def __call__(self, param, opt): return torch.rand_like(param)
+
+@pytest.mark.parametrize('keep,grow', [(saliency, gradient_magnitude), (weight_magnitude, age), (partial(saliency), Noise()), (lambda p,o: p.abs() > .1, lambda p,o,**kw: torch.zeros_like(p).long()),
+                                       (lambda p,o: torch.full_like(p, -math.inf), lambda p,o: torch.full_like(p, math.inf))])
+def test_custom_scores(keep, grow):
+    learn = toy_learner()
+    before = counts(learn.model)
+    cb = DST(batches_per_update=2, keep_score_f=keep, grow_score_f=grow)
+    fit(learn, 2, cbs=[cb, *watches(learn)])
+    assert len(cb.updates) == 5 and counts(learn.model) == before
+
+@pytest.mark.parametrize('bad,say', [(lambda p,o: p.grad.t(), 'shape'), (lambda p,o: 'x', 'str'), (lambda p,o: p/0*0, 'NaN'), (lambda p: p, 'argument'), (lambda p,o: 1/0, 'zero')])
+@each_method
+def test_a_score_that_fails_names_the_layer_and_moves_nothing(method, bad, say):
+    learn,trace = toy_learner(),Trace()
+    before = masks(learn.model)
+    def grow(p, opt, name): return bad(p, opt) if name == '2.weight' else p.abs()
+    with pytest.raises(ValueError, match=f'(?s)grow.*layer .2.weight.*{say}.*No mask was changed'): fit(learn, 1, cbs=[trace, dst(method, grow_score_f=grow)])
+    assert same(before, masks(learn.model)) and len(trace.masks) == 3
+    assert_sparse(learn.model, learn.opt)
+    if method == 'RigL': assert same(trace.weights[-1], params_of(learn))
+
+def run_seeded(method, seed=3, threads=1):
+    torch.set_num_threads(threads)
+    learn = toy_learner(opt_func=Adam)
+    torch.manual_seed(seed)
+    fit(learn, 2, cbs=dst(method))
+    return state(learn.model)
+
+@each_method
+def test_same_seed_same_masks_at_one_and_two_threads(method):
+    a = run_seeded(method)
+    assert same(a, run_seeded(method)) and same({k: v for k,v in a.items() if 'mask' in k}, {k: v for k,v in run_seeded(method, threads=2).items() if 'mask' in k})
+    if method == 'SET': assert not same(a, run_seeded(method, seed=4))
+
+# --- bad input
+
+@pytest.mark.parametrize('kw', [dict(initial_drop_grow_pct=1), dict(initial_drop_grow_pct=-.1), dict(initial_drop_grow_pct='x'), dict(stop_pct=0), dict(stop_pct=1.1), dict(stop_pct=math.nan), dict(batches_per_update=0),
+                                dict(batches_per_update=2.5), dict(keep_score_f='w'), dict(grow_score_f=None), dict(drop_grow_sched=.3)])
+def test_bad_arguments(kw):
+    with pytest.raises(ValueError): DST(**kw)
+
+@pytest.mark.parametrize('opt_func', [SGD, RMSProp, partial(OptimWrapper, opt=T.SGD)])
+def test_snfs_without_momentum_is_told_before_anything_moves(opt_func):
+    learn = toy_learner(opt_func=opt_func)
+    before = state(learn.model)
+    with pytest.raises(ValueError, match='momentum'): fit(learn, 1, cbs=dst('SNFS'))
+    assert same(before, state(learn.model))
+    fit(learn, 1, cbs=[dst('RigL'), *watches(learn)])
+
+def test_a_dense_model_is_told():
+    learn = toy_learner(None)
+    with pytest.raises(ValueError, match='sparsify_model'): fit(learn, 1, cbs=dst())
+
+def test_a_run_without_any_update_is_told():
+    learn = toy_learner()
+    with pytest.warns(UserWarning, match='connectivity will not change'), learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=DST(**RigL_presets))
+
+def test_metrics():
+    learn = toy_learner(metrics=[Sparsity(), EverActive()])
+    fit(learn, 2, cbs=dst('SET', 2))
+    (_,_,s1,e1),(_,_,s2,e2) = learn.recorder.values
+    n = sum(m.numel() for _,_,m in masked(learn.model))
+    assert math.isclose(s1, 1 - sum(counts(learn.model).values())/n) and s1 == s2 and 1-s1 < e1 < e2 <= 1
+
+def test_callback_state_round_trip():
+    learn = toy_learner()
+    cb,sd = dst('SNFS'),{}
+    fit(learn, 1, cbs=[cb, At('after_batch', lambda l: sd.update(copy.deepcopy(cb.state_dict())), n=5)])
+    assert len(sd['updates']) == 1 and set(sd['off_mask']) == set(counts(learn.model)) and not cb.off_mask

@@ -139,6 +139,15 @@ def test_share_out_adds_up_and_fits(total, layers):
     got = share_out(total, claims, room)
     assert sum(got) == total and all(0 <= g <= r for g,r in zip(got, room))
 
+@quick
+@given(st.integers(0, 500), st.lists(st.floats(0.01, 10), min_size=1, max_size=30))
+def test_share_out_is_proportional(total, claims):
+    "Each layer within one connection of its exact share, where there is room"
+    got = share_out(total, claims, [total]*len(claims))
+    assert all(abs(g - total*c/sum(claims)) < 1 + 1e-9 for g,c in zip(got, claims))
+
+def test_largest_remainders_get_the_rest(): assert share_out(7, [3., 1.], [99, 99]) == [5, 2] and share_out(9, [1.]*10, [99]*10) == [1]*9 + [0]
+
 # --- choosing
 
 @quick
