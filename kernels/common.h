@@ -15,7 +15,7 @@ using i32 = int32_t;
 using i64 = int64_t;
 
 // A run of nonzeros that belong to one output row: entries start .. start+n of the index and value arrays.
-struct Seg { i64 start; i32 row; i32 n; };
+struct Seg { uint32_t start; i32 row, n; };
 
 // y[row, tile] (+)= sum_k val[k] * x[idx[k]*scale + tile], a tile being TR x TC vectors kept in registers.
 struct SpmmArgs {
@@ -26,9 +26,10 @@ struct SpmmArgs {
     float* y; i64 ypitch, yrow, ycol; // output scratch: distance between matrix rows, tile rows, tile columns
     const float* bias;                // one per matrix row, or null
     bool first;                       // start from bias (or 0) instead of from y
+    const uint32_t* perm = nullptr;   // where the values are in val, unless at k itself
 };
 
-// dv[k] (+)= sum over the tile of y[row, tile] * x[idx[k]*scale + tile]; the segments follow each other without a gap.
+// dv[k] (+)= sum over the tile of y[row, tile] * x[idx[k]*scale + tile].
 struct SddmmArgs {
     const float* x; i64 scale;
     i64 xrow, xcol;

@@ -1,37 +1,11 @@
-// Conv2d: forward and input gradient are the same gather, out[row, p] = sum over nonzeros val * in[channel, p*step + d].
-// Images are taken a vector at a time (one image per lane) and a block of rows at a time; the block is packed to
-// (channel, row, column, image) with its padding, and a nonzero is then one fixed offset into it.
-#include "plan.h"
+// Conv2d: forward and input gradient are the same gather, in one of two layouts.
+#include "conv.h"
 #include <algorithm>
 #include <limits>
 
 namespace fastsparse {
 
-// One direction for one image size. Output row = ostep*t + phase, input row = istep*t + d(tap); columns alike.
-struct Gather {
-    bool backward, planes;
-    int width;
-    i64 h, w;                          // the convolution's input size, the key of the cache
-    const Csr* csr;                    // rows: (phase, output channel of this direction)
-    i64 rows, channels, taps;
-    i64 in_h, in_w, out_h, out_w;
-    i64 istep_y, istep_x, ostep_y, ostep_x;
-    std::vector<i64> dy, dx;           // per tap
-    i64 dy_min, dy_max, dx_min, dx_max;
-    i64 t_rows, block;                 // rows t in all and in one block
-    i64 ph, pw;                        // the packed block
-    std::vector<i32> off;              // per entry, in pixels of the packed block
-    std::vector<i32> pixel;            // where a pixel of the block's rows goes, in floats
-    std::vector<char> used;            // channels with a nonzero
-    i64 phases() const { return ostep_y * ostep_x; }
-    i64 packed_floats() const { return channels * ph * pw * width; }
-    i64 blocks() const { return ceil_div(t_rows, block); }
-    i64 out_block() const { return block * ostep_y * out_w; }
-};
-
 namespace {
-
-constexpr i64 row_chunk = 64, l2_floats = 256 * 1024;
 
 i64 mod(i64 a, i64 b) { return (a % b + b) % b; }
 
@@ -82,7 +56,6 @@ Csr transposed(const Csr& a, const ConvShape& s) {
         b.idx[to] = i32(col);
         b.perm[to] = uint32_t(k);
     });
-    b.make_segs();
     return b;
 }
 
@@ -104,24 +77,18 @@ void set_direction(Gather& g, const ConvShape& s) {
     g.dy_max = *std::max_element(g.dy.begin(), g.dy.end());
     g.dx_min = std::min<i64>(0, *std::min_element(g.dx.begin(), g.dx.end()));
     g.dx_max = *std::max_element(g.dx.begin(), g.dx.end());
-}
-
-// As many output rows at a time as keep the packed block within the L2 cache.
-void set_block(Gather& g) {
     g.t_rows = ceil_div(g.out_h, g.ostep_y);
-    const i64 t_cols = ceil_div(g.out_w, g.ostep_x);
-    g.pw = std::max(g.istep_x * (t_cols - 1) + g.dx_max + 1, g.in_w) - g.dx_min;
-    const i64 span = g.dy_max - g.dy_min + 1, row = std::max<i64>(1, g.channels * g.pw * g.width);
-    g.block = std::clamp<i64>((l2_floats / row - span) / g.istep_y + 1, 1, std::max<i64>(1, g.t_rows));
-    g.ph = g.istep_y * (g.block - 1) + span;
-    if (g.ph > std::numeric_limits<i32>::max() / g.pw / std::max<i64>(1, g.channels) || g.ph * g.pw > std::numeric_limits<i32>::max() / g.width)
-        throw std::overflow_error("an image row of all channels does not fit 32-bit offsets");
+    g.t_cols = ceil_div(g.out_w, g.ostep_x);
 }
 
 void set_offsets(Gather& g, const ConvShape& s) {
     std::vector<i64> tap(g.taps);
-    for (i64 t = 0; t < g.taps; ++t) tap[t] = (g.dy[t] - g.dy_min) * g.pw + g.dx[t] - g.dx_min;
+    for (i64 t = 0; t < g.taps; ++t) tap[t] = g.planes ? planes_offset(g, g.dy[t], g.dx[t]) : batch_offset(g, g.dy[t], g.dx[t]);
+    constexpr i64 most = std::numeric_limits<i32>::max();
+    if (g.plane > most / g.width || g.plane > most / std::max<i64>(1, g.channels))
+        throw std::overflow_error("an image row of all channels does not fit 32-bit offsets");
     g.used.assign(size_t(g.channels), 0);
+    g.segs = row_segs(*g.csr);
     g.off.resize(g.csr->idx.size());
     const i64 ocg = s.oc / s.groups;
     for (i64 r = 0; r < g.csr->rows; ++r) {
@@ -129,138 +96,9 @@ void set_offsets(Gather& g, const ConvShape& s) {
         for (i64 k = g.csr->indptr[r]; k < g.csr->indptr[r + 1]; ++k) {
             const i64 c = base + g.csr->idx[k] / g.taps;
             g.used[c] = 1;
-            g.off[k] = i32(c * g.ph * g.pw + tap[g.csr->idx[k] % g.taps]);
+            g.off[k] = i32(c * g.plane + tap[g.csr->idx[k] % g.taps]);
         }
     }
-    for (i64 y = 0; y < g.ph; ++y)
-        for (i64 x = 0; x < g.in_w; ++x) g.pixel.push_back(i32((y * g.pw + x - g.dx_min) * g.width));
-}
-
-// Zeros where the block reaches beyond the image: whole rows above and below, margins left and right.
-void clear_margins(const Gather& g, float* plane, i64 top, i64 bottom) {
-    const i64 row = g.pw * g.width, left = -g.dx_min * g.width, right = (g.pw + g.dx_min - g.in_w) * g.width;
-    std::fill(plane, plane + top * row, 0.f);
-    std::fill(plane + bottom * row, plane + g.ph * row, 0.f);
-    for (i64 y = top; y < bottom; ++y) {
-        std::fill(plane + y * row, plane + y * row + left, 0.f);
-        std::fill(plane + (y + 1) * row - right, plane + (y + 1) * row, 0.f);
-    }
-}
-
-// in[image, channel, y, x] -> block[channel, y, x, image], for the rows that outputs t0.. need.
-void pack_block(const Isa& isa, const Gather& g, const float* in, i64 images, i64 t0, float* block) {
-    const i64 first = g.istep_y * t0 + g.dy_min, plane = g.in_h * g.in_w;
-    const i64 lo = std::clamp<i64>(first, 0, g.in_h), hi = std::clamp<i64>(first + g.ph, lo, g.in_h);
-    const i64 top = std::clamp<i64>(lo - first, 0, g.ph), bottom = top + (hi - lo);
-    for (i64 c = 0; c < g.channels; ++c) {
-        if (!g.used[c]) continue;
-        float* dst = block + c * g.ph * g.pw * g.width;
-        clear_margins(g, dst, top, bottom);
-        if (hi > lo)
-            isa.pack(in + c * plane + lo * g.in_w, g.channels * plane, images, (hi - lo) * g.in_w, dst + top * g.pw * g.width, 0, g.pixel.data());
-    }
-}
-
-struct TilePos { i64 t, x; int rows, cols; };
-
-// A row of n pixels in tiles for which there is a kernel, with as few and as even tiles as possible.
-std::vector<int> split(i64 n, int most) {
-    static const int sizes[] = {14, 12, 10, 8, 7, 6, 5, 4, 3, 2, 1};
-    std::vector<int> out;
-    while (n > 0) {
-        const i64 even = ceil_div(n, ceil_div(n, most));
-        int best = 1;
-        for (int s : sizes)
-            if (s <= most && s <= n && (s <= even || n == s)) { best = s; break; }
-        out.push_back(best);
-        n -= best;
-    }
-    return out;
-}
-
-std::vector<TilePos> tiles_of(i64 rows, i64 cols, int most) {
-    std::vector<TilePos> out;
-    const int two = std::min(7, most / 2);
-    for (i64 t = 0; t < rows;) {
-        const bool pair = t + 2 <= rows && cols <= two;
-        i64 x = 0;
-        for (int n : split(cols, pair ? two : most)) { out.push_back({t, x, pair ? 2 : 1, n}); x += n; }
-        t += pair ? 2 : 1;
-    }
-    return out;
-}
-
-struct Task { i64 n0, images, t0, t_rows; };
-
-Task task_of(const Gather& g, i64 task, i64 n) {
-    const i64 n0 = task / g.blocks() * g.width, t0 = task % g.blocks() * g.block;
-    return {n0, std::min<i64>(g.width, n - n0), t0, std::min(g.block, g.t_rows - t0)};
-}
-
-// All tiles of one phase of the block, for rows r0..r1.
-void run_phase(const Isa& isa, const Gather& g, const Task& k, i64 phase, i64 r0, i64 r1, const float* block,
-               const float* values, const float* bias, float* y, i64 ypitch) {
-    const i64 py = phase / g.ostep_x, px = phase % g.ostep_x, base = phase * g.rows;
-    const i64 rows = std::min(k.t_rows, ceil_div(g.out_h - g.ostep_y * k.t0 - py, g.ostep_y));
-    const i64 cols = ceil_div(g.out_w - px, g.ostep_x), W = g.width;
-    if (rows <= 0 || cols <= 0) return;
-    for (const TilePos& p : tiles_of(rows, cols, isa.max_spmm)) {
-        SpmmArgs a{block + (g.istep_y * p.t * g.pw + g.istep_x * p.x) * W, W, g.istep_y * g.pw * W, g.istep_x * W,
-                   g.off.data(), values, g.csr->segs.data() + base + r0, r1 - r0,
-                   y + ((p.t * g.ostep_y + py) * g.out_w + p.x * g.ostep_x + px) * W - (base + r0) * ypitch,
-                   ypitch, g.ostep_y * g.out_w * W, g.ostep_x * W, bias, true};
-        isa.find(op_spmm, p.rows, p.cols, g.istep_x == 1).spmm(a);
-    }
-}
-
-void run_gather(const Isa& isa, const Gather& g, const float* in, i64 n, const float* values, const float* bias, float* out, int threads) {
-    const i64 W = g.width, chunk = std::min(row_chunk, g.rows), ypitch = g.out_block() * W;
-    const i64 packed = round_up(g.packed_floats(), 1024), scratch = packed + chunk * ypitch;
-    Scratch space(scratch * threads);
-    parallel_for(ceil_div(n, W) * g.blocks(), threads, [&](i64 task, int slot) {
-        const Task k = task_of(g, task, n);
-        float *block = space.data() + slot * scratch, *y = block + packed;
-        pack_block(isa, g, in + k.n0 * g.channels * g.in_h * g.in_w, k.images, k.t0, block);
-        const i64 o0 = k.t0 * g.ostep_y, pixels = std::min(k.t_rows * g.ostep_y, g.out_h - o0) * g.out_w, plane = g.out_h * g.out_w;
-        for (i64 r0 = 0; r0 < g.rows; r0 += chunk) {
-            const i64 r1 = std::min(g.rows, r0 + chunk);
-            for (i64 p = 0; p < g.phases(); ++p) run_phase(isa, g, k, p, r0, r1, block, values, bias, y, ypitch);
-            for (i64 r = r0; r < r1; ++r)
-                isa.unpack(y + (r - r0) * ypitch, W, pixels, k.images, out + (k.n0 * g.rows + r) * plane + o0 * g.out_w, g.rows * plane);
-        }
-    });
-}
-
-void sample_block(const Isa& isa, const Gather& g, const Task& k, const float* block, const float* dy, float* dv, bool& add) {
-    const i64 W = g.width, ypitch = g.out_block() * W;
-    for (const TilePos& p : tiles_of(k.t_rows, g.out_w, isa.max_sddmm)) {
-        SddmmArgs a{block + (g.istep_y * p.t * g.pw + g.istep_x * p.x) * W, W, g.istep_y * g.pw * W, g.istep_x * W,
-                    g.off.data(), g.csr->segs.data(), g.rows, dy + (p.t * g.out_w + p.x) * W, ypitch, g.out_w * W, W, dv, add};
-        isa.find(op_sddmm, p.rows, p.cols, g.istep_x == 1).sddmm(a);
-        add = true;
-    }
-}
-
-// The sum over images and blocks is cut in parts that don't depend on the number of threads.
-void run_sample(const Isa& isa, const Gather& g, const float* x, const float* dy, i64 n, float* dvalues, int threads) {
-    constexpr i64 most_parts = 8;
-    const i64 W = g.width, tasks = ceil_div(n, W) * g.blocks(), parts = std::min(most_parts, tasks), nnz = g.csr->nnz();
-    const i64 packed = round_up(g.packed_floats(), 1024), ypitch = g.out_block() * W, scratch = packed + g.rows * ypitch;
-    const i64 plane = g.out_h * g.out_w;
-    Scratch space(scratch * threads), sums(nnz * (parts - 1));
-    parallel_for(parts, threads, [&](i64 part, int slot) {
-        float *block = space.data() + slot * scratch, *dyp = block + packed;
-        float* dv = part ? sums.data() + (part - 1) * nnz : dvalues;
-        bool add = false;
-        for (i64 task = tasks * part / parts; task < tasks * (part + 1) / parts; ++task) {
-            const Task k = task_of(g, task, n);
-            pack_block(isa, g, x + k.n0 * g.channels * g.in_h * g.in_w, k.images, k.t0, block);
-            for (i64 r = 0; r < g.rows; ++r)
-                isa.pack(dy + (k.n0 * g.rows + r) * plane + k.t0 * g.out_w, g.rows * plane, k.images, k.t_rows * g.out_w, dyp + r * ypitch, W, nullptr);
-            sample_block(isa, g, k, block, dyp, dv, add);
-        }
-    });
-    for (i64 part = 1; part < parts; ++part) isa.accumulate(sums.data() + (part - 1) * nnz, nnz, dvalues);
 }
 
 }  // namespace
@@ -270,7 +108,10 @@ Conv2dPlan::Conv2dPlan(const i64* indptr, i64 n_indptr, const i32* idx, i64 nnz,
 
 Conv2dPlan::~Conv2dPlan() = default;
 
-Layout Conv2dPlan::layout(i64, i64, i64) const { return layout_ == Layout::automatic ? Layout::batch : layout_; }
+bool Conv2dPlan::planes(i64 n, i64, i64) const {
+    if (layout_ != Layout::automatic) return layout_ == Layout::planes;
+    return n < current_isa().width / 2;
+}
 
 std::shared_ptr<const Gather> Conv2dPlan::gather(bool backward, i64 h, i64 w, int width, bool planes) const {
     std::lock_guard<std::mutex> guard(lock_);
@@ -280,7 +121,7 @@ std::shared_ptr<const Gather> Conv2dPlan::gather(bool backward, i64 h, i64 w, in
     g->backward = backward; g->planes = planes; g->width = width; g->h = h; g->w = w;
     g->csr = backward ? &wt_ : &w_;
     set_direction(*g, s_);
-    set_block(*g);
+    if (planes) set_planes_block(*g); else set_batch_block(*g);
     set_offsets(*g, s_);
     if (cache_.size() >= 8) cache_.erase(cache_.begin());
     cache_.push_back(g);
@@ -290,7 +131,8 @@ std::shared_ptr<const Gather> Conv2dPlan::gather(bool backward, i64 h, i64 w, in
 void Conv2dPlan::forward(const float* x, i64 n, i64 h, i64 w, const float* values, const float* bias, float* out, int threads) const {
     const Isa& isa = current_isa();
     if (!n || !s_.oc || !s_.out_h(h) || !s_.out_w(w)) return;
-    run_gather(isa, *gather(false, h, w, isa.width, false), x, n, values, bias, out, threads);
+    const auto g = gather(false, h, w, isa.width, planes(n, h, w));
+    (g->planes ? gather_planes : gather_batch)(isa, *g, x, n, values, bias, out, threads);
 }
 
 void Conv2dPlan::backward_input(const float* dy, i64 n, i64 h, i64 w, const float* values, float* dx, int threads) const {
@@ -298,13 +140,15 @@ void Conv2dPlan::backward_input(const float* dy, i64 n, i64 h, i64 w, const floa
     if (!n || !s_.ic() || !h || !w) return;
     Scratch vt(nnz());
     isa.gather(values, wt_.perm.data(), nnz(), vt.data());
-    run_gather(isa, *gather(true, h, w, isa.width, false), dy, n, vt.data(), nullptr, dx, threads);
+    const auto g = gather(true, h, w, isa.width, planes(n, h, w));
+    (g->planes ? gather_planes : gather_batch)(isa, *g, dy, n, vt.data(), nullptr, dx, threads);
 }
 
 void Conv2dPlan::backward_weight(const float* x, const float* dy, i64 n, i64 h, i64 w, float* dvalues, int threads) const {
     const Isa& isa = current_isa();
     if (!n || !s_.out_h(h) || !s_.out_w(w)) { std::fill(dvalues, dvalues + nnz(), 0.f); return; }
-    run_sample(isa, *gather(false, h, w, isa.width, false), x, dy, n, dvalues, threads);
+    const auto g = gather(false, h, w, isa.width, planes(n, h, w));
+    (g->planes ? sample_planes : sample_batch)(isa, *g, x, dy, n, dvalues, threads);
 }
 
 }  // namespace fastsparse

@@ -2,11 +2,13 @@
 // and every row of the weight then runs through its nonzeros with the tile of outputs in registers.
 #include "plan.h"
 #include <algorithm>
+#include <cstdlib>
 
 namespace fastsparse {
 namespace {
 
-constexpr i64 row_chunk = 64, max_vectors = 8;
+// Rows in a chunk; panels are half a chunk or whole chunks, so that blocks of rows end where both do.
+constexpr i64 max_vectors = 8, row_chunk = 192;
 
 // The batch in tiles of at most max_vectors vectors, as even as they come.
 struct Batch {
@@ -14,47 +16,167 @@ struct Batch {
     Batch(i64 b, int w) : items(b), width(w), vectors(ceil_div(b, w)), tiles(ceil_div(vectors, max_vectors)) {}
     i64 start(i64 t) const { return vectors * t / tiles * width; }
     i64 lanes(i64 t) const { return start(t + 1) - start(t); }
+    i64 most() const { return ceil_div(vectors, tiles) * width; }
     i64 used(i64 t) const { return std::min(items, start(t + 1)) - start(t); }
     i64 floats(i64 dim) const { return vectors * width * dim; }
 };
 
-// src[item, dim] -> per tile dst[dim, lane]
-void pack_batch(const Isa& isa, const Batch& b, const float* src, i64 dim, float* dst, int threads) {
-    constexpr i64 cols = 256;
-    const i64 parts = ceil_div(dim, cols);
-    parallel_for(b.tiles * parts, threads, [&](i64 task, int) {
-        const i64 t = task / parts, c0 = task % parts * cols, lanes = b.lanes(t);
-        isa.pack(src + b.start(t) * dim + c0, dim, b.used(t), std::min(cols, dim - c0),
-                 dst + b.start(t) * dim + c0 * lanes, lanes, nullptr);
-    });
-}
+// One tile of one product: what both the serial and the threaded order are made of.
+struct Work {
+    const Isa& isa; const Batch& b; i64 t, lanes;
+    Work(const Isa& isa, const Batch& b, i64 t) : isa(isa), b(b), t(t), lanes(b.lanes(t)) {}
 
-void multiply(const Isa& isa, const Csr& a, const float* values, const float* bias, const Batch& b, const float* packed,
-              float* out, int threads) {
-    const i64 chunks = ceil_div(a.rows, row_chunk), scratch = row_chunk * max_vectors * b.width;
-    Scratch space(scratch * threads);
-    parallel_for(b.tiles * chunks, threads, [&](i64 task, int slot) {
-        const i64 t = task / chunks, r0 = task % chunks * row_chunk, r1 = std::min(a.rows, r0 + row_chunk), lanes = b.lanes(t);
-        float* y = space.data() + slot * scratch;
-        SpmmArgs s{packed + b.start(t) * a.cols, lanes, 0, b.width, a.idx.data(), values, a.segs.data() + r0, r1 - r0,
-                   y - r0 * lanes, lanes, 0, b.width, bias, true};
-        isa.find(op_spmm, 1, int(lanes / b.width), true).spmm(s);
-        isa.unpack(y, lanes, r1 - r0, b.used(t), out + b.start(t) * a.rows + r0, a.rows);
-    });
-}
+    // src[item, c0..c1] -> dst[column - c0, lane]
+    void pack(const float* src, i64 dim, i64 c0, i64 c1, float* dst) const {
+        isa.pack(src + b.start(t) * dim + c0, dim, b.used(t), c1 - c0, dst, lanes, nullptr);
+    }
+    void unpack(const float* src, i64 dim, i64 c0, i64 c1, float* dst) const {
+        isa.unpack(src, lanes, c1 - c0, b.used(t), dst + b.start(t) * dim + c0, dim);
+    }
+    // y[row, lane] (+)= chunk c of a, panel p, times x[column, lane]
+    void multiply(const Csr& a, const Panels& ps, i64 c, i64 p, const float* values, const float* bias, const float* x, float* y) const {
+        const bool own = !ps.idx.empty();
+        isa.find(op_spmm, 1, int(lanes / b.width), true).spmm({x, lanes, 0, b.width, own ? ps.idx.data() : a.idx.data(), values, ps.begin(c, p),
+            ps.count(c, p), y, lanes, 0, b.width, bias, p == 0, own ? ps.perm.data() : nullptr});
+    }
+    void sample(const Csr& a, const Panels& ps, i64 c, i64 p, const float* x, const float* dy, float* dvalues) const {
+        isa.find(op_sddmm, 1, int(lanes / b.width), true).sddmm({x, lanes, 0, b.width, a.idx.data(), ps.begin(c, p), ps.count(c, p),
+            dy, lanes, 0, b.width, dvalues, t > 0});
+    }
+};
 
-void sample(const Isa& isa, const Csr& a, const Batch& b, const float* x, const float* dy, float* dvalues, int threads) {
-    const i64 chunks = ceil_div(a.rows, row_chunk);
-    parallel_for(chunks, threads, [&](i64 task, int) {
-        const i64 r0 = task * row_chunk, r1 = std::min(a.rows, r0 + row_chunk);
+// One tile after the other, and the longer side of the weight a block at a time, so that what was packed is still in
+// the L2 cache when it is used.
+struct Serial {
+    const Isa& isa; const Batch& b;
+    const Csr &a, &at;
+    const Panels &ps, &pt;
+
+    i64 block() const { return round_up(a.rows > a.cols ? pt.width : ps.width, row_chunk); }
+    template <class F> void each_block(i64 n, F&& f) const {
+        for (i64 i = 0; i < n; i += block()) f(i, std::min(n, i + block()));
+    }
+    template <class F> static void each(i64 lo, i64 hi, i64 width, F&& f) {
+        for (i64 i = lo / width; i * width < hi; ++i) f(i);
+    }
+
+    void forward(const float* x, const float* values, const float* bias, float* out) const {
+        const bool tall = a.rows > a.cols;
+        Scratch xp(b.most() * (tall ? a.cols : block())), y(b.most() * (tall ? block() : a.rows));
         for (i64 t = 0; t < b.tiles; ++t) {
-            const i64 lanes = b.lanes(t);
-            SddmmArgs s{x + b.start(t) * a.cols, lanes, 0, b.width, a.idx.data(), a.segs.data() + r0, r1 - r0,
-                        dy + b.start(t) * a.rows, lanes, 0, b.width, dvalues, t > 0};
-            isa.find(op_sddmm, 1, int(lanes / b.width), true).sddmm(s);
+            const Work w(isa, b, t);
+            if (tall) forward_rows(w, x, values, bias, out, xp.data(), y.data());
+            else forward_cols(w, x, values, bias, out, xp.data(), y.data());
         }
-    });
-}
+    }
+
+    void forward_rows(const Work& w, const float* x, const float* values, const float* bias, float* out, float* xp, float* y) const {
+        w.pack(x, a.cols, 0, a.cols, xp);
+        for (i64 c = 0; c < ps.n_chunks; ++c) {
+            const i64 r0 = c * ps.chunk, r1 = std::min(a.rows, r0 + ps.chunk);
+            for (i64 p = 0; p < ps.n_panels; ++p) w.multiply(a, ps, c, p, values, bias, xp, y - r0 * w.lanes);
+            w.unpack(y, a.rows, r0, r1, out);
+        }
+    }
+
+    void forward_cols(const Work& w, const float* x, const float* values, const float* bias, float* out, float* xp, float* y) const {
+        each_block(std::max<i64>(1, a.cols), [&](i64 c0, i64 c1) {
+            if (a.cols) w.pack(x, a.cols, c0, c1, xp);
+            each(c0, c1, ps.width, [&](i64 p) {
+                for (i64 c = 0; c < ps.n_chunks; ++c) w.multiply(a, ps, c, p, values, bias, xp - c0 * w.lanes, y);
+            });
+        });
+        w.unpack(y, a.rows, 0, a.rows, out);
+    }
+
+    void backward(const float* x, const float* dy, const float* values, float* dx, float* dvalues) const {
+        const bool tall = a.rows > a.cols;
+        const i64 n = b.most() * (tall ? a.cols : block());
+        Scratch xp(dvalues ? n : 0), dxp(dx ? n : 0), g(b.most() * (tall ? block() : a.rows));
+        for (i64 t = 0; t < b.tiles; ++t) {
+            const Work w(isa, b, t);
+            if (tall) backward_rows(w, x, dy, values, dx, dvalues, xp.data(), dxp.data(), g.data());
+            else backward_cols(w, x, dy, values, dx, dvalues, xp.data(), dxp.data(), g.data());
+        }
+    }
+
+    void backward_rows(const Work& w, const float* x, const float* dy, const float* values, float* dx, float* dvalues,
+                       float* xp, float* dxp, float* g) const {
+        if (dvalues) w.pack(x, a.cols, 0, a.cols, xp);
+        each_block(a.rows, [&](i64 r0, i64 r1) {
+            w.pack(dy, a.rows, r0, r1, g);
+            const float* origin = g - r0 * w.lanes;
+            if (dvalues)
+                each(r0, r1, ps.chunk, [&](i64 c) { for (i64 p = 0; p < ps.n_panels; ++p) w.sample(a, ps, c, p, xp, origin, dvalues); });
+            if (dx)
+                each(r0, r1, pt.width, [&](i64 p) { for (i64 c = 0; c < pt.n_chunks; ++c) w.multiply(at, pt, c, p, values, nullptr, origin, dxp); });
+        });
+        if (dx) w.unpack(dxp, a.cols, 0, a.cols, dx);
+    }
+
+    void backward_cols(const Work& w, const float* x, const float* dy, const float* values, float* dx, float* dvalues,
+                       float* xp, float* dxp, float* g) const {
+        w.pack(dy, a.rows, 0, a.rows, g);
+        each_block(a.cols, [&](i64 c0, i64 c1) {
+            if (dvalues) {
+                w.pack(x, a.cols, c0, c1, xp);
+                each(c0, c1, ps.width, [&](i64 p) { for (i64 c = 0; c < ps.n_chunks; ++c) w.sample(a, ps, c, p, xp - c0 * w.lanes, g, dvalues); });
+            }
+            if (!dx) return;
+            each(c0, c1, pt.chunk, [&](i64 c) { for (i64 p = 0; p < pt.n_panels; ++p) w.multiply(at, pt, c, p, values, nullptr, g, dxp - c0 * w.lanes); });
+            w.unpack(dxp, a.cols, c0, c1, dx);
+        });
+    }
+};
+
+// Everything is packed first, then the threads share rows. The order of every sum is that of Serial.
+struct Threaded {
+    const Isa& isa; const Batch& b; int threads;
+
+    void pack(const float* src, i64 dim, float* dst) const {
+        const i64 parts = ceil_div(dim, row_chunk);
+        parallel_for(b.tiles * parts, threads, [&](i64 task, int) {
+            const Work w(isa, b, task / parts);
+            const i64 c0 = task % parts * row_chunk;
+            w.pack(src, dim, c0, std::min(dim, c0 + row_chunk), dst + b.start(w.t) * dim + c0 * w.lanes);
+        });
+    }
+
+    void multiply(const Csr& a, const Panels& ps, const float* values, const float* bias, const float* packed, float* out) const {
+        const i64 scratch = ps.chunk * b.most();
+        Scratch space(scratch * threads);
+        parallel_for(b.tiles * ps.n_chunks, threads, [&](i64 task, int slot) {
+            const Work w(isa, b, task / ps.n_chunks);
+            const i64 c = task % ps.n_chunks, r0 = c * ps.chunk, r1 = std::min(a.rows, r0 + ps.chunk);
+            float* y = space.data() + slot * scratch;
+            for (i64 p = 0; p < ps.n_panels; ++p) w.multiply(a, ps, c, p, values, bias, packed + b.start(w.t) * a.cols, y - r0 * w.lanes);
+            w.unpack(y, a.rows, r0, r1, out);
+        });
+    }
+
+    void sample(const Csr& a, const Panels& ps, const float* x, const float* dy, float* dvalues) const {
+        parallel_for(ps.n_chunks, threads, [&](i64 c, int) {
+            for (i64 t = 0; t < b.tiles; ++t)
+                for (i64 p = 0; p < ps.n_panels; ++p)
+                    Work(isa, b, t).sample(a, ps, c, p, x + b.start(t) * a.cols, dy + b.start(t) * a.rows, dvalues);
+        });
+    }
+
+    void forward(const Csr& a, const Panels& ps, const float* x, const float* values, const float* bias, float* out) const {
+        Scratch xp(b.floats(a.cols));
+        pack(x, a.cols, xp.data());
+        multiply(a, ps, values, bias, xp.data(), out);
+    }
+
+    void backward(const Csr& a, const Csr& at, const Panels& ps, const Panels& pt, const float* x, const float* dy, const float* values,
+                  float* dx, float* dvalues) const {
+        Scratch g(b.floats(a.rows)), xp(dvalues ? b.floats(a.cols) : 0);
+        pack(dy, a.rows, g.data());
+        if (dvalues) pack(x, a.cols, xp.data());
+        if (dx) multiply(at, pt, values, nullptr, g.data(), dx);
+        if (dvalues) sample(a, ps, xp.data(), g.data(), dvalues);
+    }
+};
 
 void permute(const Isa& isa, const Csr& a, const float* values, float* dst, int threads) {
     constexpr i64 part = 1 << 16;
@@ -63,46 +185,60 @@ void permute(const Isa& isa, const Csr& a, const float* values, float* dst, int 
     });
 }
 
-void multiply_one(const Isa& isa, const Csr& a, const float* x, const float* values, const float* bias, float* y, int threads) {
+void multiply_one(const Isa& isa, const Csr& a, const std::vector<Seg>& segs, const float* x, const float* values,
+                  const float* bias, float* y, int threads) {
     constexpr i64 rows = 256;
     parallel_for(ceil_div(a.rows, rows), threads, [&](i64 t, int) {
-        isa.spmv(x, a.idx.data(), values, a.segs.data() + t * rows, std::min(rows, a.rows - t * rows), bias, y);
+        isa.spmv(x, a.idx.data(), values, segs.data() + t * rows, std::min(rows, a.rows - t * rows), bias, y);
     });
 }
 
 }  // namespace
 
 LinearPlan::LinearPlan(const i64* indptr, i64 n_indptr, const i32* idx, i64 nnz, i64 rows, i64 cols)
-    : w_(checked_csr(indptr, n_indptr, idx, nnz, rows, cols)), wt_(transposed(w_)) {}
+    : w_(checked_csr(indptr, n_indptr, idx, nnz, rows, cols)), wt_(transposed(w_)), rows_(row_segs(w_)), rows_t_(row_segs(wt_)) {}
+
+// A panel fits the L1 cache, unless that leaves too few nonzeros in a row of it to be worth loading the outputs again.
+std::shared_ptr<const Panels> LinearPlan::panels(const Csr& a, i64 lanes) const {
+    constexpr i64 l1_floats = 12 * 1024, l2_floats = 128 * 1024;
+    static const double few = getenv("FS_FEW") ? atof(getenv("FS_FEW")) : 8;
+    const double density = double(a.nnz()) / std::max(1., double(a.rows) * double(a.cols));
+    const i64 fits = l1_floats / lanes, most = l2_floats / lanes;
+    const i64 want = std::clamp(density * most > few ? i64(few / density) : most, fits, most);
+    const i64 width = want < row_chunk ? row_chunk / 2 : round_up(want - row_chunk / 2, row_chunk);
+    std::lock_guard<std::mutex> guard(lock_);
+    for (const auto& c : cache_)
+        if (c.first == &a && c.second->width == width) return c.second;
+    if (cache_.size() >= 8) cache_.erase(cache_.begin());
+    cache_.emplace_back(&a, std::make_shared<Panels>(a, row_chunk, width, &a == &wt_));
+    return cache_.back().second;
+}
 
 void LinearPlan::forward(const float* x, i64 batch, const float* values, const float* bias, float* out, int threads) const {
     const Isa& isa = current_isa();
     if (!batch || !rows()) return;
-    if (batch == 1) { multiply_one(isa, w_, x, values, bias, out, threads); return; }
+    if (batch == 1) { multiply_one(isa, w_, rows_, x, values, bias, out, threads); return; }
     const Batch b(batch, isa.width);
-    Scratch xp(b.floats(cols()));
-    pack_batch(isa, b, x, cols(), xp.data(), threads);
-    multiply(isa, w_, values, bias, b, xp.data(), out, threads);
+    const auto ps = panels(w_, b.most());
+    if (threads == 1) Serial{isa, b, w_, wt_, *ps, *ps}.forward(x, values, bias, out);
+    else Threaded{isa, b, threads}.forward(w_, *ps, x, values, bias, out);
 }
 
 void LinearPlan::backward(const float* x, const float* dy, i64 batch, const float* values, float* dx, float* dvalues, int threads) const {
     const Isa& isa = current_isa();
     if (!batch) { if (dvalues) std::fill(dvalues, dvalues + nnz(), 0.f); return; }
-    Scratch vt(dx ? nnz() : 0);
-    if (dx) permute(isa, wt_, values, vt.data(), threads);
+    if (!rows()) { if (dx) std::fill(dx, dx + batch * cols(), 0.f); return; }
     if (batch == 1) {
-        if (dx) multiply_one(isa, wt_, dy, vt.data(), nullptr, dx, threads);
-        if (dvalues) isa.outer(x, w_.idx.data(), w_.segs.data(), rows(), dy, dvalues, false);
+        Scratch vt(dx ? nnz() : 0);
+        if (dx) permute(isa, wt_, values, vt.data(), threads);
+        if (dx) multiply_one(isa, wt_, rows_t_, dy, vt.data(), nullptr, dx, threads);
+        if (dvalues) isa.outer(x, w_.idx.data(), rows_.data(), rows(), dy, dvalues, false);
         return;
     }
     const Batch b(batch, isa.width);
-    Scratch dyp(b.floats(rows()));
-    pack_batch(isa, b, dy, rows(), dyp.data(), threads);
-    if (dx) multiply(isa, wt_, vt.data(), nullptr, b, dyp.data(), dx, threads);
-    if (!dvalues) return;
-    Scratch xp(b.floats(cols()));
-    pack_batch(isa, b, x, cols(), xp.data(), threads);
-    sample(isa, w_, b, xp.data(), dyp.data(), dvalues, threads);
+    const auto ps = panels(w_, b.most()), pt = panels(wt_, b.most());
+    if (threads == 1) Serial{isa, b, w_, wt_, *ps, *pt}.backward(x, dy, values, dx, dvalues);
+    else Threaded{isa, b, threads}.backward(w_, wt_, *ps, *pt, x, dy, values, dx, dvalues);
 }
 
 }  // namespace fastsparse

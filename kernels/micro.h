@@ -9,14 +9,19 @@ template <int TR, int TC, bool UNIT> struct Tile {
     static inline i64 at(const i64 row, const i64 col, int r, int c) { return r * row + c * (UNIT ? (i64)W : col); }
 };
 
-template <int TR, int TC, bool UNIT> static void spmm(const SpmmArgs& a) {
+static inline void prefetch(const void* p) { __builtin_prefetch(p); }
+constexpr int ahead = FS_AHEAD;
+
+template <int TR, int TC, bool UNIT, bool PERM> static void spmm_rows(const SpmmArgs& a) {
     using T = Tile<TR, TC, UNIT>;
     constexpr int N = T::N, U = T::U;
     const i64 scale = a.scale, xrow = a.xrow, xcol = a.xcol;
     for (const Seg *s = a.segs, *e = s + a.nseg; s != e; ++s) {
         float* y = a.y + s->row * a.ypitch;
         const i32* idx = a.idx + s->start;
-        const float* val = a.val + s->start;
+        const float* val = PERM ? a.val : a.val + s->start;
+        const uint32_t* perm = PERM ? a.perm + s->start : nullptr;
+        if (!PERM && s + ahead < e) { prefetch(a.idx + s[ahead].start); prefetch(a.val + s[ahead].start); }
         V acc[U][N];
         const V init = V::set1(a.first && a.bias ? a.bias[s->row] : 0.f);
 #pragma GCC unroll 4
@@ -31,14 +36,14 @@ template <int TR, int TC, bool UNIT> static void spmm(const SpmmArgs& a) {
         for (; k + U <= n; k += U)
 #pragma GCC unroll 4
             for (int u = 0; u < U; ++u) {
-                const V b = V::set1(val[k + u]);
+                const V b = V::set1(val[PERM ? perm[k + u] : k + u]);
                 const float* p = a.x + idx[k + u] * scale;
 #pragma GCC unroll 16
                 for (int i = 0; i < N; ++i) acc[u][i] = V::fma(b, V::load(p + T::at(xrow, xcol, i / TC, i % TC)), acc[u][i]);
             }
         if (U > 1)
             for (; k < n; ++k) {
-                const V b = V::set1(val[k]);
+                const V b = V::set1(val[PERM ? perm[k] : k]);
                 const float* p = a.x + idx[k] * scale;
 #pragma GCC unroll 16
                 for (int i = 0; i < N; ++i) acc[0][i] = V::fma(b, V::load(p + T::at(xrow, xcol, i / TC, i % TC)), acc[0][i]);
@@ -53,44 +58,51 @@ template <int TR, int TC, bool UNIT> static void spmm(const SpmmArgs& a) {
     }
 }
 
-// Sums of the W vectors in buf go to dv[0..n).
-static inline void flush(const float* buf, float* dv, i64 n, bool add) {
-    V s = V::reduce(buf);
-    if (n == V::W) { V::store(dv, add ? V::add(V::load(dv), s) : s); return; }
-    alignas(64) float tmp[V::W];
-    V::store(tmp, s);
-    for (i64 i = 0; i < n; ++i) dv[i] = add ? dv[i] + tmp[i] : tmp[i];
+template <int TR, int TC, bool UNIT> static void spmm(const SpmmArgs& a) {
+    if (a.perm) spmm_rows<TR, TC, UNIT, true>(a);
+    else spmm_rows<TR, TC, UNIT, false>(a);
+}
+
+// The sums of the vectors in buf go to dv[pos[0..n)].
+static inline void flush(const float* buf, const uint32_t* pos, float* dv, int n, bool add) {
+    constexpr int W = V::W;
+    alignas(64) float sum[W];
+    const V s = V::reduce(buf);
+    if (n == W && pos[W - 1] - pos[0] == W - 1) {
+        float* d = dv + pos[0];
+        V::store(d, add ? V::add(V::load(d), s) : s);
+        return;
+    }
+    V::store(sum, s);
+    if (add) for (int i = 0; i < n; ++i) dv[pos[i]] += sum[i];
+    else for (int i = 0; i < n; ++i) dv[pos[i]] = sum[i];
 }
 
 // The gradient's tile stays in registers while the row's nonzeros run; their partial sums are reduced W at a time, across rows.
 template <int TR, int TC, bool UNIT> static void sddmm(const SddmmArgs& a) {
     using T = Tile<TR, TC, UNIT>;
     constexpr int N = T::N, W = V::W;
-    if (!a.nseg) return;
     const i64 scale = a.scale, xrow = a.xrow, xcol = a.xcol;
     alignas(64) float buf[W * W];
+    uint32_t pos[W];
     for (int i = 0; i < W * W; ++i) buf[i] = 0.f;
-    float* dv = a.dv + a.segs->start;
     int fill = 0;
     for (const Seg *s = a.segs, *e = s + a.nseg; s != e; ++s) {
         const float* y = a.y + s->row * a.ypitch;
         V g[N];
 #pragma GCC unroll 16
         for (int i = 0; i < N; ++i) g[i] = V::load(y + (i / TC) * a.yrow + (i % TC) * a.ycol);
-        const i32* idx = a.idx + s->start;
-        for (const i32* end = idx + s->n; idx != end; ++idx) {
-            const float* p = a.x + *idx * scale;
-            V acc = V::mul(g[0], V::load(p)), odd = V::zero();
+        for (uint32_t k = s->start, end = k + s->n; k != end; ++k) {
+            const float* p = a.x + a.idx[k] * scale;
+            V acc = V::mul(g[0], V::load(p));
 #pragma GCC unroll 16
-            for (int i = 1; i < N; ++i) {
-                V& t = i % 2 ? odd : acc;
-                t = V::fma(g[i], V::load(p + T::at(xrow, xcol, i / TC, i % TC)), t);
-            }
-            V::store(buf + W * fill, N > 1 ? V::add(acc, odd) : acc);
-            if (++fill == W) { flush(buf, dv, W, a.add); dv += W; fill = 0; }
+            for (int i = 1; i < N; ++i) acc = V::fma(g[i], V::load(p + T::at(xrow, xcol, i / TC, i % TC)), acc);
+            V::store(buf + W * fill, acc);
+            pos[fill] = k;
+            if (++fill == W) { flush(buf, pos, a.dv, W, a.add); fill = 0; }
         }
     }
-    if (fill) flush(buf, dv, fill, a.add);
+    if (fill) flush(buf, pos, a.dv, fill, a.add);
 }
 
 static void pack(const float* src, i64 src_pitch, i64 rows, i64 cols, float* dst, i64 dst_pitch, const i32* off) {
@@ -102,10 +114,17 @@ static void pack(const float* src, i64 src_pitch, i64 rows, i64 cols, float* dst
         for (i64 c = 0; c < cols; c += W) {
             const i64 nc = cols - c < W ? cols - c : W;
             const float* s = src + r * src_pitch + c;
-            if (nr == W && nc == W)
+            for (int i = 0; i < W; ++i) prefetch(s + (i + W) * src_pitch);
+            if (nr == W && nc == W) {
 #pragma GCC unroll 16
                 for (int i = 0; i < W; ++i) t[i] = V::load(s + i * src_pitch);
-            else
+                if (!off) {
+                    V::transpose(t);
+#pragma GCC unroll 16
+                    for (int j = 0; j < W; ++j) V::store(dst + (c + j) * dst_pitch + r, t[j]);
+                    continue;
+                }
+            } else
                 for (int i = 0; i < W; ++i) {
                     for (int j = 0; j < W; ++j) edge[j] = i < nr && j < nc ? s[i * src_pitch + j] : 0.f;
                     t[i] = V::load(edge);
@@ -123,21 +142,27 @@ static void unpack(const float* src, i64 src_pitch, i64 rows, i64 cols, float* d
     constexpr int W = V::W;
     V t[W];
     alignas(64) float edge[W];
-    for (i64 r = 0; r < rows; r += W) {
-        const i64 nr = rows - r < W ? rows - r : W;
-        for (i64 c = 0; c < cols; c += W) {
-            const i64 nc = cols - c < W ? cols - c : W;
+    for (i64 c = 0; c < cols; c += W) {
+        const i64 nc = cols - c < W ? cols - c : W;
+        for (i64 r = 0; r < rows; r += W) {
+            const i64 nr = rows - r < W ? rows - r : W;
             const float* s = src + r * src_pitch + c;
             float* d = dst + c * dst_pitch + r;
+            for (int i = 0; i < W; ++i) __builtin_prefetch(d + (i + W) * dst_pitch, 1);
+            if (nr == W && nc == W) {
+#pragma GCC unroll 16
+                for (int i = 0; i < W; ++i) t[i] = V::load(s + i * src_pitch);
+                V::transpose(t);
+#pragma GCC unroll 16
+                for (int i = 0; i < W; ++i) V::store(d + i * dst_pitch, t[i]);
+                continue;
+            }
             for (int i = 0; i < W; ++i) t[i] = i < nr ? V::load(s + i * src_pitch) : V::zero();
             V::transpose(t);
-            if (nr == W)
-                for (i64 j = 0; j < nc; ++j) V::store(d + j * dst_pitch, t[j]);
-            else
-                for (i64 j = 0; j < nc; ++j) {
-                    V::store(edge, t[j]);
-                    for (i64 i = 0; i < nr; ++i) d[j * dst_pitch + i] = edge[i];
-                }
+            for (i64 j = 0; j < nc; ++j) {
+                V::store(edge, t[j]);
+                for (i64 i = 0; i < nr; ++i) d[j * dst_pitch + i] = edge[i];
+            }
         }
     }
 }

@@ -9,14 +9,28 @@ struct Csr {
     i64 rows = 0, cols = 0;
     std::vector<i64> indptr;
     std::vector<i32> idx;
-    std::vector<Seg> segs;        // one per row
     std::vector<uint32_t> perm;   // entry -> canonical position; empty means the identity
     i64 nnz() const { return i64(idx.size()); }
-    void make_segs();
+};
+
+// The order in which the nonzeros run: rows in chunks, within a chunk the columns in panels that stay in the L1 cache, and
+// within a panel the rows by their number of nonzeros there, so that the branch at a row's end is predicted.
+struct Panels {
+    i64 width;                    // columns in a panel
+    i64 chunk;                    // rows in a chunk
+    i64 n_chunks, n_panels;
+    std::vector<Seg> segs;
+    std::vector<i64> at;          // the first segment of (chunk, panel)
+    std::vector<i32> idx;         // in this order, if asked for
+    std::vector<uint32_t> perm;
+    Panels(const Csr& a, i64 chunk, i64 width, bool reorder);
+    const Seg* begin(i64 c, i64 p) const { return segs.data() + at[c * n_panels + p]; }
+    i64 count(i64 c, i64 p) const { return at[c * n_panels + p + 1] - at[c * n_panels + p]; }
 };
 
 Csr checked_csr(const i64* indptr, i64 n_indptr, const i32* idx, i64 nnz, i64 rows, i64 cols);
 Csr transposed(const Csr& a);
+std::vector<Seg> row_segs(const Csr& a);
 
 class LinearPlan {
 public:
@@ -28,7 +42,11 @@ public:
     // Either gradient may be null; computed together they share one packed copy of dy.
     void backward(const float* x, const float* dy, i64 batch, const float* values, float* dx, float* dvalues, int threads) const;
 private:
+    std::shared_ptr<const Panels> panels(const Csr& a, i64 lanes) const;
     Csr w_, wt_;
+    std::vector<Seg> rows_, rows_t_;
+    mutable std::mutex lock_;
+    mutable std::vector<std::pair<const Csr*, std::shared_ptr<const Panels>>> cache_;
 };
 
 struct ConvShape {
@@ -51,7 +69,7 @@ public:
     ~Conv2dPlan();
     const ConvShape& shape() const { return s_; }
     i64 nnz() const { return w_.nnz(); }
-    Layout layout(i64 n, i64 h, i64 w) const;
+    bool planes(i64 n, i64 h, i64 w) const;   // the layout taken for such an input
     void forward(const float* x, i64 n, i64 h, i64 w, const float* values, const float* bias, float* out, int threads) const;
     void backward_input(const float* dy, i64 n, i64 h, i64 w, const float* values, float* dx, int threads) const;
     void backward_weight(const float* x, const float* dy, i64 n, i64 h, i64 w, float* dvalues, int threads) const;

@@ -1,12 +1,70 @@
 // Checking and transposing index structures.
 #include "plan.h"
+#include <algorithm>
 #include <limits>
 
 namespace fastsparse {
 
-void Csr::make_segs() {
-    segs.resize(size_t(rows));
-    for (i64 r = 0; r < rows; ++r) segs[r] = {indptr[r], i32(r), i32(indptr[r + 1] - indptr[r])};
+std::vector<Seg> row_segs(const Csr& a) {
+    std::vector<Seg> segs(size_t(a.rows));
+    for (i64 r = 0; r < a.rows; ++r) segs[r] = {uint32_t(a.indptr[r]), i32(r), i32(a.indptr[r + 1] - a.indptr[r])};
+    return segs;
+}
+
+// Segments of one chunk and panel, sorted by length in linear time; only the first panel needs the empty ones.
+static void append_sorted(std::vector<Seg>& in, bool keep_empty, std::vector<i32>& count, std::vector<Seg>& out) {
+    i32 most = 0;
+    for (const Seg& s : in) most = std::max(most, s.n);
+    count.assign(size_t(most) + 2, 0);
+    for (const Seg& s : in) ++count[s.n + 1];
+    const i32 skip = keep_empty ? 0 : count[1];
+    for (i32 n = 0; n <= most; ++n) count[n + 1] += count[n];
+    const size_t base = out.size();
+    out.resize(base + in.size() - skip);
+    for (const Seg& s : in)
+        if (s.n || keep_empty) out[base + count[s.n]++ - skip] = s;
+    in.clear();
+}
+
+// The entries themselves in the order in which they run: read as one stream, and the values' positions close to each other.
+static void store_in_order(const Csr& a, std::vector<Seg>& segs, std::vector<i32>& idx, std::vector<uint32_t>& perm) {
+    idx.resize(a.idx.size());
+    perm.resize(a.idx.size());
+    uint32_t to = 0;
+    for (Seg& s : segs) {
+        for (i32 i = 0; i < s.n; ++i) {
+            idx[to + i] = a.idx[s.start + i];
+            perm[to + i] = a.perm.empty() ? s.start + i : a.perm[s.start + i];
+        }
+        s.start = to;
+        to += uint32_t(s.n);
+    }
+}
+
+Panels::Panels(const Csr& a, i64 chunk, i64 width, bool reorder)
+    : width(width), chunk(chunk), n_chunks(ceil_div(a.rows, chunk)), n_panels(std::max<i64>(1, ceil_div(a.cols, width))) {
+    std::vector<std::vector<Seg>> panel(n_panels);
+    std::vector<i32> count;
+    at.reserve(n_chunks * n_panels + 1);
+    segs.reserve(n_panels == 1 ? a.rows : a.rows + std::min(a.nnz(), a.rows * n_panels));
+    for (i64 c = 0; c < n_chunks; ++c) {
+        for (i64 r = c * chunk; r < std::min(a.rows, (c + 1) * chunk); ++r) {
+            i64 k = a.indptr[r];
+            const i64 end = a.indptr[r + 1];
+            for (i64 p = 0; p < n_panels; ++p) {
+                const i64 start = k, limit = (p + 1) * width;
+                if (p == n_panels - 1) k = end;
+                else while (k < end && a.idx[k] < limit) ++k;
+                panel[p].push_back({uint32_t(start), i32(r), i32(k - start)});
+            }
+        }
+        for (i64 p = 0; p < n_panels; ++p) {
+            at.push_back(i64(segs.size()));
+            append_sorted(panel[p], p == 0, count, segs);
+        }
+    }
+    at.push_back(i64(segs.size()));
+    if (reorder) store_in_order(a, segs, idx, perm);
 }
 
 static void bad(const std::string& what) { throw std::invalid_argument(what); }
@@ -33,7 +91,6 @@ Csr checked_csr(const i64* indptr, i64 n_indptr, const i32* idx, i64 nnz, i64 ro
     a.rows = rows; a.cols = cols;
     a.indptr.assign(indptr, indptr + rows + 1);
     a.idx.assign(idx, idx + nnz);
-    a.make_segs();
     return a;
 }
 
@@ -52,7 +109,6 @@ Csr transposed(const Csr& a) {
             t.idx[to] = i32(r);
             t.perm[to] = uint32_t(k);
         }
-    t.make_segs();
     return t;
 }
 

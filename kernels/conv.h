@@ -1,0 +1,55 @@
+// What both layouts of a convolution share.
+#pragma once
+#include "plan.h"
+
+namespace fastsparse {
+
+// One direction for one image size: out[row, p] = sum over nonzeros val * in[channel, p*step + d].
+// Output row = ostep*t + phase, input row = istep*t + d(tap); columns alike.
+struct Gather {
+    bool backward, planes;
+    int width;                         // floats in a vector
+    i64 h, w;                          // the convolution's input size, the key of the cache
+    const Csr* csr;                    // rows: (phase, output channel of this direction)
+    i64 rows, channels, taps;
+    i64 in_h, in_w, out_h, out_w;
+    i64 istep_y, istep_x, ostep_y, ostep_x;
+    std::vector<i64> dy, dx;           // per tap
+    i64 dy_min, dy_max, dx_min, dx_max;
+    i64 t_rows, t_cols, block;         // rows and columns t in all, rows in one block
+    i64 ph, pw;                        // rows and columns of the packed block
+    i64 plane;                         // from channel to channel: in pixels (batch) or floats (planes)
+    std::vector<Seg> segs;             // one per row
+    std::vector<i32> off;              // per entry, in pixels or floats of the packed block
+    std::vector<i32> pixel;            // batch: where a pixel of the block's rows goes, in floats
+    std::vector<char> used;            // channels with a nonzero
+    i64 phases() const { return ostep_y * ostep_x; }
+    i64 steps() const { return istep_y * istep_x; }
+    i64 blocks() const { return ceil_div(t_rows, block); }
+};
+
+// Rows t0.. of images n0..
+struct Task { i64 n0, images, t0, t_rows; };
+
+void set_batch_block(Gather& g);
+void set_planes_block(Gather& g);
+i64 batch_offset(const Gather& g, i64 dy, i64 dx);
+i64 planes_offset(const Gather& g, i64 dy, i64 dx);
+
+void gather_batch(const Isa& isa, const Gather& g, const float* in, i64 n, const float* values, const float* bias, float* out, int threads);
+void gather_planes(const Isa& isa, const Gather& g, const float* in, i64 n, const float* values, const float* bias, float* out, int threads);
+void sample_batch(const Isa& isa, const Gather& g, const float* x, const float* dy, i64 n, float* dvalues, int threads);
+void sample_planes(const Isa& isa, const Gather& g, const float* x, const float* dy, i64 n, float* dvalues, int threads);
+
+// Sums over tasks, cut in parts that don't depend on the number of threads: part(first task, end, slot, sums).
+template <class F> void sum_in_parts(const Isa& isa, i64 tasks, i64 nnz, float* dvalues, int threads, F&& part) {
+    constexpr i64 most = 8;
+    const i64 parts = tasks < most ? tasks : most;
+    Scratch sums(nnz * (parts - 1));
+    parallel_for(parts, threads, [&](i64 p, int slot) {
+        part(tasks * p / parts, tasks * (p + 1) / parts, slot, p ? sums.data() + (p - 1) * nnz : dvalues);
+    });
+    for (i64 p = 1; p < parts; ++p) isa.accumulate(sums.data() + (p - 1) * nnz, nnz, dvalues);
+}
+
+}  // namespace fastsparse

@@ -1,0 +1,147 @@
+// Batch layout: images are taken a vector at a time, one per lane, and a block of rows at a time. The block is packed to
+// (channel, row, column, image) with its padding, and a nonzero is then one fixed offset into it: every load is aligned,
+// any stride is only another distance between pixels, and no output is computed in vain.
+#include "conv.h"
+#include <algorithm>
+#include <limits>
+
+namespace fastsparse {
+namespace {
+
+constexpr i64 row_chunk = 64, l2_floats = 256 * 1024;
+
+// Zeros where the block reaches beyond the image: whole rows above and below, margins left and right.
+void clear_margins(const Gather& g, float* plane, i64 top, i64 bottom) {
+    const i64 row = g.pw * g.width, left = -g.dx_min * g.width, right = (g.pw + g.dx_min - g.in_w) * g.width;
+    std::fill(plane, plane + top * row, 0.f);
+    std::fill(plane + bottom * row, plane + g.ph * row, 0.f);
+    for (i64 y = top; y < bottom; ++y) {
+        std::fill(plane + y * row, plane + y * row + left, 0.f);
+        std::fill(plane + (y + 1) * row - right, plane + (y + 1) * row, 0.f);
+    }
+}
+
+// in[image, channel, y, x] -> block[channel, y, x, image], for the rows that outputs t0.. need.
+void pack_block(const Isa& isa, const Gather& g, const float* in, i64 images, i64 t0, float* block) {
+    const i64 first = g.istep_y * t0 + g.dy_min, plane = g.in_h * g.in_w;
+    const i64 lo = std::clamp<i64>(first, 0, g.in_h), hi = std::clamp<i64>(first + g.ph, lo, g.in_h);
+    const i64 top = std::clamp<i64>(lo - first, 0, g.ph), bottom = top + (hi - lo);
+    for (i64 c = 0; c < g.channels; ++c) {
+        if (!g.used[c]) continue;
+        float* dst = block + c * g.plane * g.width;
+        clear_margins(g, dst, top, bottom);
+        if (hi > lo)
+            isa.pack(in + c * plane + lo * g.in_w, g.channels * plane, images, (hi - lo) * g.in_w, dst + top * g.pw * g.width, 0, g.pixel.data());
+    }
+}
+
+struct TilePos { i64 t, x; int rows, cols; };
+
+// A row of n pixels in tiles for which there is a kernel, with as few and as even tiles as possible.
+std::vector<int> split(i64 n, int most) {
+    static const int sizes[] = {14, 12, 10, 8, 7, 6, 5, 4, 3, 2, 1};
+    std::vector<int> out;
+    while (n > 0) {
+        const i64 even = ceil_div(n, ceil_div(n, most));
+        int best = 1;
+        for (int s : sizes)
+            if (s <= most && s <= n && (s <= even || n == s)) { best = s; break; }
+        out.push_back(best);
+        n -= best;
+    }
+    return out;
+}
+
+std::vector<TilePos> tiles_of(i64 rows, i64 cols, int most) {
+    std::vector<TilePos> out;
+    const int two = std::min(7, most / 2);
+    for (i64 t = 0; t < rows;) {
+        const bool pair = t + 2 <= rows && cols <= two;
+        i64 x = 0;
+        for (int n : split(cols, pair ? two : most)) { out.push_back({t, x, pair ? 2 : 1, n}); x += n; }
+        t += pair ? 2 : 1;
+    }
+    return out;
+}
+
+Task task_of(const Gather& g, i64 task, i64 n) {
+    const i64 n0 = task / g.blocks() * g.width, t0 = task % g.blocks() * g.block;
+    return {n0, std::min<i64>(g.width, n - n0), t0, std::min(g.block, g.t_rows - t0)};
+}
+
+// All tiles of one phase of the block, for rows r0..r1.
+void run_phase(const Isa& isa, const Gather& g, const Task& k, i64 phase, i64 r0, i64 r1, const float* block,
+               const float* values, const float* bias, float* y, i64 ypitch) {
+    const i64 py = phase / g.ostep_x, px = phase % g.ostep_x, base = phase * g.rows;
+    const i64 rows = std::min(k.t_rows, ceil_div(g.out_h - g.ostep_y * k.t0 - py, g.ostep_y));
+    const i64 cols = ceil_div(g.out_w - px, g.ostep_x), W = g.width;
+    if (rows <= 0 || cols <= 0) return;
+    for (const TilePos& p : tiles_of(rows, cols, isa.max_spmm)) {
+        SpmmArgs a{block + (g.istep_y * p.t * g.pw + g.istep_x * p.x) * W, W, g.istep_y * g.pw * W, g.istep_x * W,
+                   g.off.data(), values, g.segs.data() + base + r0, r1 - r0,
+                   y + ((p.t * g.ostep_y + py) * g.out_w + p.x * g.ostep_x + px) * W - (base + r0) * ypitch,
+                   ypitch, g.ostep_y * g.out_w * W, g.ostep_x * W, bias, true};
+        isa.find(op_spmm, p.rows, p.cols, g.istep_x == 1).spmm(a);
+    }
+}
+
+void sample_block(const Isa& isa, const Gather& g, const Task& k, const float* block, const float* dy, float* dv, bool& add) {
+    const i64 W = g.width, ypitch = g.block * g.out_w * W;
+    for (const TilePos& p : tiles_of(k.t_rows, g.out_w, isa.max_sddmm)) {
+        SddmmArgs a{block + (g.istep_y * p.t * g.pw + g.istep_x * p.x) * W, W, g.istep_y * g.pw * W, g.istep_x * W,
+                    g.off.data(), g.segs.data(), g.rows, dy + (p.t * g.out_w + p.x) * W, ypitch, g.out_w * W, W, dv, add};
+        isa.find(op_sddmm, p.rows, p.cols, g.istep_x == 1).sddmm(a);
+        add = true;
+    }
+}
+
+}  // namespace
+
+// As many output rows at a time as keep the packed block within the L2 cache.
+void set_batch_block(Gather& g) {
+    g.pw = std::max(g.istep_x * (g.t_cols - 1) + g.dx_max + 1, g.in_w) - g.dx_min;
+    const i64 span = g.dy_max - g.dy_min + 1, row = std::max<i64>(1, g.channels * g.pw * g.width);
+    g.block = std::clamp<i64>((l2_floats / row - span) / g.istep_y + 1, 1, std::max<i64>(1, g.t_rows));
+    g.ph = g.istep_y * (g.block - 1) + span;
+    g.plane = g.ph * g.pw;
+    for (i64 y = 0; y < g.ph; ++y)
+        for (i64 x = 0; x < g.in_w; ++x) g.pixel.push_back(i32((y * g.pw + x - g.dx_min) * g.width));
+}
+
+i64 batch_offset(const Gather& g, i64 dy, i64 dx) { return (dy - g.dy_min) * g.pw + dx - g.dx_min; }
+
+void gather_batch(const Isa& isa, const Gather& g, const float* in, i64 n, const float* values, const float* bias, float* out, int threads) {
+    const i64 W = g.width, chunk = std::min(row_chunk, g.rows), ypitch = g.block * g.ostep_y * g.out_w * W;
+    const i64 packed = round_up(g.channels * g.plane * W, 1024), scratch = packed + chunk * ypitch;
+    Scratch space(scratch * threads);
+    parallel_for(ceil_div(n, W) * g.blocks(), threads, [&](i64 task, int slot) {
+        const Task k = task_of(g, task, n);
+        float *block = space.data() + slot * scratch, *y = block + packed;
+        pack_block(isa, g, in + k.n0 * g.channels * g.in_h * g.in_w, k.images, k.t0, block);
+        const i64 o0 = k.t0 * g.ostep_y, pixels = std::min(k.t_rows * g.ostep_y, g.out_h - o0) * g.out_w, plane = g.out_h * g.out_w;
+        for (i64 r0 = 0; r0 < g.rows; r0 += chunk) {
+            const i64 r1 = std::min(g.rows, r0 + chunk);
+            for (i64 p = 0; p < g.phases(); ++p) run_phase(isa, g, k, p, r0, r1, block, values, bias, y, ypitch);
+            for (i64 r = r0; r < r1; ++r)
+                isa.unpack(y + (r - r0) * ypitch, W, pixels, k.images, out + (k.n0 * g.rows + r) * plane + o0 * g.out_w, g.rows * plane);
+        }
+    });
+}
+
+void sample_batch(const Isa& isa, const Gather& g, const float* x, const float* dy, i64 n, float* dvalues, int threads) {
+    const i64 W = g.width, packed = round_up(g.channels * g.plane * W, 1024), ypitch = g.block * g.out_w * W, scratch = packed + g.rows * ypitch;
+    const i64 plane = g.out_h * g.out_w;
+    Scratch space(scratch * threads);
+    sum_in_parts(isa, ceil_div(n, W) * g.blocks(), g.csr->nnz(), dvalues, threads, [&](i64 task, i64 end, int slot, float* dv) {
+        float *block = space.data() + slot * scratch, *dyp = block + packed;
+        for (bool add = false; task < end; ++task) {
+            const Task k = task_of(g, task, n);
+            pack_block(isa, g, x + k.n0 * g.channels * g.in_h * g.in_w, k.images, k.t0, block);
+            for (i64 r = 0; r < g.rows; ++r)
+                isa.pack(dy + (k.n0 * g.rows + r) * plane + k.t0 * g.out_w, g.rows * plane, k.images, k.t_rows * g.out_w, dyp + r * ypitch, W, nullptr);
+            sample_block(isa, g, k, block, dyp, dv, add);
+        }
+    });
+}
+
+}  // namespace fastsparse
