@@ -18,6 +18,7 @@ __all__ = ['plan_cache', 'compressed_types', 'active_index', 'gather', 'scatter'
 # %% ../nbs/05_layers.ipynb #4fad2516
 import numpy as np, signal, threading, torch, torch.nn.functional as F, warnings, weakref
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from fnmatch import fnmatch
@@ -227,14 +228,21 @@ class PlanEntry(NamedTuple):
 plan_cache = {}
 
 # %% ../nbs/05_layers.ipynb #69c5b08e
-def structure_stamp(indptr, indices):
+def structure_stamp(
+    indptr:Tensor,
+    indices:Tensor,
+) -> tuple:
     "Changes whenever one of the two is written to or gets another memory."
     if indices.is_inference() or indptr.is_inference():  # these count no versions
         return tuple(crc32(t.numpy()) for t in (indptr, indices))
     return indptr.data_ptr(), indptr._version, indices.data_ptr(), indices._version, indices.numel()
 
 # %% ../nbs/05_layers.ipynb #c1db57ad
-def build_plan(geom, indptr, indices):
+def build_plan(
+    geom,           # `LinearGeometry` or `Conv2dGeometry`
+    indptr:Tensor,
+    indices:Tensor,
+):
     "Build and cache the plan of a structure."
     key = id(indices),geom
     def forget(ref):
@@ -264,15 +272,30 @@ def _flat(plan, values):
     return values.detach().numpy()
 
 # %% ../nbs/05_layers.ipynb #8383e76d
-def run_forward(geom, plan, x, values, bias):
+def run_forward(
+    geom,          # `LinearGeometry` or `Conv2dGeometry`
+    plan,          # From `plan_for`
+    x:Tensor,      # Input, float32 on the CPU as all that follows
+    values:Tensor, # (nonzeros)
+    bias:Tensor,   # (rows) or None
+) -> Tensor:
     "Output of the layer."
     out = x.new_empty(geom.out_shape(x.shape))
     plan.forward(_view(geom, x), _flat(plan, values), None if bias is None else bias.detach().numpy(), _view(geom, out))
     return out
 
 # %% ../nbs/05_layers.ipynb #c6746850
-def run_backward(geom, plan, x, dy, values, x_shape, need_x, need_v):
-    "Gradients by the input and by the nonzero weights, from `dy`, the one by the output; None for what nobody needs."
+def run_backward(
+    geom,
+    plan,
+    x:Tensor,      # Input; may be None without `need_v`
+    dy:Tensor,     # Gradient by the output
+    values:Tensor, # (nonzeros); may be None without `need_x`
+    x_shape:tuple, # Shape of the input; may be None without `need_x`
+    need_x:bool,
+    need_v:bool,
+) -> tuple: # Gradients by the input and by the nonzero weights, None where not needed
+    "Both gradients at once, for which `dy` is read once."
     dx = dy.new_empty(x_shape) if need_x else None
     dv = dy.new_empty(plan.nnz) if need_v else None
     plan.backward(_view(geom, x) if need_v else None, _view(geom, dy), _flat(plan, values) if need_x else None,
@@ -420,7 +443,9 @@ class DenseFallbackWarning(UserWarning):
 
 _said = set()
 
-def say_once(reason):
+def say_once(
+    reason:str, # As from `why_dense`
+):
     "Warn about a reason for computing densely, once in the process."
     if reason in _said: return
     _said.add(reason)
@@ -464,14 +489,14 @@ def dense_weight(
 _huge = 2**27  # Entries of a dense weight that is too large to make for one call
 
 def gathered_linear(x, values, indptr, indices, bias, n_rows):
-    "`F.linear` nonzero by nonzero, in memory for batch × nonzeros."
+    "`F.linear` nonzero by nonzero, in memory for batch × nonzeros; arguments as in `sparse_apply`."
     rows = torch.arange(n_rows, device=x.device).repeat_interleave(indptr.diff(), output_size=indices.numel())
     y = x.new_zeros(*x.shape[:-1], n_rows).index_add(-1, rows, x[..., indices]*values)
     return y if bias is None else y+bias
 
 # %% ../nbs/05_layers.ipynb #f603a67f
 def dense_apply(geom, x, values, indptr, indices, bias):
-    "What the sparse layer computes, by PyTorch's dense operators."
+    "What the sparse layer computes, by PyTorch's dense operators; arguments as in `sparse_apply`."
     shape = geom.weight_shape
     if not x.is_nested: geom.out_shape(x.shape)
     if len(shape) == 2 and prod(shape) > _huge: return gathered_linear(x, values, indptr, indices, bias, shape[0])
@@ -531,8 +556,6 @@ def replace_storage(
 # %% ../nbs/05_layers.ipynb #3ebceaea
 class SparseModule(nn.Module):
     "Base of the sparse layers: values in the parameter `weight`, structure in the buffers `indptr` and `indices`."
-    is_sparse_module = True
-
     @property
     def geometry(self): raise NotImplementedError
     @property
@@ -553,7 +576,11 @@ class SparseModule(nn.Module):
 
 # %% ../nbs/05_layers.ipynb #672976f3
 @torch.no_grad()
-def kaiming_sparse_(weight, bias, indptr):
+def kaiming_sparse_(
+    weight:Tensor, # (nonzeros), changed in place
+    bias:Tensor,   # (rows) or None, changed in place
+    indptr:Tensor, # (rows+1)
+):
     "Uniform in ±1/√(nonzeros of the row)."
     counts = indptr.diff()
     bound = counts.clamp(min=1).to(weight.dtype).rsqrt()
@@ -570,10 +597,17 @@ def check_mask(
     return mask.bool()
 
 # %% ../nbs/05_layers.ipynb #d45f9080
-def make_structure(shape, mask=None, sparsity=None, indptr=None, indices=None, generator=None):
-    "`indptr` and `indices` for a weight of `shape`, from exactly one of a mask, a sparsity, or themselves."
+def make_structure(
+    shape:tuple,          # Of the dense weight
+    mask:Tensor=None,     # Bool, of that shape
+    sparsity:float=None,  # Share of zeros, at random positions
+    indptr:Tensor=None,   # int (rows+1), with
+    indices:Tensor=None,  # int, one per nonzero
+    generator:torch.Generator=None,
+) -> tuple: # `indptr` (int64) and `indices` (int32)
+    "A structure from exactly one of a mask, a sparsity, or itself. Raises `ValueError` if that is not a structure for `shape`."
     given = [k for k,v in dict(mask=mask, sparsity=sparsity, indices=indices).items() if v is not None]
-    if len(given) != 1: raise ValueError(f'give exactly one of mask=, sparsity= and indptr= with indices=, got {given or "none"}')
+    if len(given) != 1 or (indices is None) != (indptr is None): raise ValueError(f'give exactly one of mask=, sparsity= and indptr= with indices=, got {given or "none"}')
     n_rows,n_cols = shape[0],prod(shape[1:])
     if mask is not None: return csr_from_mask(check_mask(mask, shape))
     if sparsity is not None:
@@ -668,7 +702,10 @@ def conv_geometry(
     pad = (t,b,l,r) if m.padding_mode == 'zeros' else (0,0,0,0)
     return Conv2dGeometry(m.out_channels, m.in_channels//m.groups, m.kernel_size, m.stride, pad, m.dilation, m.groups, layout)
 
-def pad_mode(m, x):
+def pad_mode(
+    m,        # `nn.Conv2d` or `SparseConv2d`
+    x:Tensor, # Its input
+) -> Tensor:
     "Padding with anything but zeros comes before the kernels."
     return x if m.padding_mode == 'zeros' else F.pad(x, m._reversed_padding_repeated_twice, mode=m.padding_mode)
 
@@ -795,7 +832,8 @@ def _load_from_state_dict(self:SparseModule, state_dict, prefix, local_metadata,
     sd = {k[len(prefix):]:v for k,v in state_dict.items() if k.startswith(prefix)}
     try: new = _check_entries(self, sd)
     except ValueError as e: return error_msgs.append(f'{prefix or type(self).__name__}: {e}')
-    if new: self.set_structure(sd['indptr'], sd['indices'])
+    if new and not all(torch.equal(sd[k].to(t), t) for k,t in (('indptr',self.indptr), ('indices',self.indices))):
+        self.set_structure(sd['indptr'], sd['indices'])
     if 'weight_sparsity' in sd and not hasattr(self, 'weight_sparsity'): self.register_buffer('weight_sparsity', sd['weight_sparsity'].clone())
     nn.Module._load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
@@ -864,7 +902,7 @@ def hold_interrupts():
     hits,old = [],signal.signal(signal.SIGINT, lambda *a: hits.append(a))
     try: yield
     finally: signal.signal(signal.SIGINT, signal.default_int_handler if old is None else old)
-    if hits and callable(old): old(*hits[0])
+    if hits: signal.raise_signal(signal.SIGINT)
 
 # %% ../nbs/05_layers.ipynb #7d00152e
 @torch.no_grad()
@@ -960,7 +998,7 @@ def measure_layer(
 ) -> dict: # 'sparse', 'dense' and for convolutions 'channels_last' → milliseconds
     "Time one forward and backward of a sparse layer and of its dense twin."
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        x,dense = torch.randn(input_shape),sparse.to_dense()
+        x,dense = torch.randn(input_shape, dtype=torch.float32),sparse.to_dense()
         steps = dict(sparse=training_step(sparse, x, need_dx), dense=training_step(dense, x, need_dx))
         if x.dim() == 4:
             last = torch.channels_last
@@ -1011,7 +1049,7 @@ def layer_inputs(
     try:
         model.eval()
         with torch.enable_grad():
-            if isinstance(inputs, dict): model(**inputs)
+            if isinstance(inputs, Mapping): model(**inputs)
             else: model(*(inputs if isinstance(inputs, (tuple,list)) else (inputs,)))
     finally:
         for h in hooks: h.remove()
@@ -1091,11 +1129,13 @@ def carry_hooks(
     new:nn.Module,
 ):
     "Give `new` the hooks of `old`, but for those that keep a mask."
-    drop = {k for k,h in old._forward_pre_hooks.items() if type(h).__name__ == 'MaskHook' or isinstance(h, BasePruningMethod)}
-    for d in _hook_dicts: getattr(new, d).update((k,h) for k,h in getattr(old, d).items() if k not in drop)
-    new._is_full_backward_hook = old._is_full_backward_hook
+    drop = [k for k,h in old._forward_pre_hooks.items() if type(h).__name__ == 'MaskHook' or isinstance(h, BasePruningMethod)]
+    for k in drop: del old._forward_pre_hooks[k]
+    for d in (*_hook_dicts, '_is_full_backward_hook'): setattr(new, d, getattr(old, d))  # the same dicts: their handles can still remove
 
-def leave_fused_path(model):
+def leave_fused_path(
+    model:nn.Module, # Changed in place where a transformer layer has a sparse part
+):
     "Keep transformer layers with sparse parts off the fused path that bypasses them."
     for m in model.modules():
         if not any(isinstance(c, SparseModule) or is_compressed(c) for c in m.modules()): continue
@@ -1135,8 +1175,9 @@ def swap_modules_with_sparse(
     if not inplace: model = deepcopy(model)
     layers,owners = _places(model)
     keep = {m: skips.get(names[0]) or _why_keep(m, owners, threshold) for m,names in layers.items()}
+    candidates = [m for m in layers if keep[m] is None]
     inputs = example_inputs if example_inputs is not None else _random_inputs(input_shape)
-    seen = {} if inputs is None else layer_inputs(model, [m for m in layers if keep[m] is None], inputs)
+    seen = layer_inputs(model, candidates, inputs) if candidates and inputs is not None else {}
     report = SwapReport()
     for m,names in layers.items():
         new,dense_ms,sparse_ms,why = (None,None,None,keep[m]) if keep[m] else _decide(m, seen.get(m), only_if_faster)

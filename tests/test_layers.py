@@ -355,6 +355,7 @@ class TestStructure:
     def test_wrong_arguments(self):
         with pytest.raises(ValueError, match='exactly one'): SparseLinear(4, 2)
         with pytest.raises(ValueError, match='exactly one'): SparseLinear(4, 2, sparsity=.5, mask=torch.ones(2, 4))
+        with pytest.raises(ValueError, match='exactly one'): SparseLinear(4, 2, indices=torch.zeros(2))
         with pytest.raises(ValueError, match='share of zeros'): SparseLinear(4, 2, sparsity=90)
         with pytest.raises(ValueError, match='mask of shape'): SparseLinear(4, 2, mask=torch.ones(4, 2))
         with pytest.raises(ValueError, match='1-D and integer'): SparseLinear(4, 2, indptr=torch.zeros(3), indices=torch.zeros(0))
@@ -708,9 +709,19 @@ class TestSwap:
         class MaskHook:
             def __call__(self, m, *a): raise AssertionError('kept a mask on a layer without')
         model[7]._forward_pre_hooks[99] = MaskHook()
-        fast,_ = swap_modules_with_sparse(model, only_if_faster=False)
-        fast(torch.randn(2, 3, 12, 12))
+        swap_modules_with_sparse(model, only_if_faster=False)[0](torch.randn(2, 3, 12, 12))
         assert seen == ['SparseLinear']
+        handle = model[3].register_forward_hook(lambda m, i, o: seen.append(type(m).__name__))
+        swap_modules_with_sparse(model, only_if_faster=False, inplace=True)
+        model(torch.randn(2, 3, 12, 12))
+        handle.remove()
+        model(torch.randn(2, 3, 12, 12))
+        assert seen == ['SparseLinear', 'SparseConv2d', 'SparseLinear', 'SparseLinear']
+
+    def test_model_does_not_run_without_a_candidate(self):
+        model = nn.Sequential(nn.Linear(4, 4))
+        model.register_forward_hook(lambda *a: 1/0)
+        assert swap_modules_with_sparse(model, (2,4))[1][0]['chosen'] == 'dense'
 
     @pytest.mark.filterwarnings('ignore:.*nested')
     def test_transformer_encoder(self, sparse_wins):
