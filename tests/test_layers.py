@@ -851,6 +851,99 @@ class TestCompress:
         assert d.nnz == int(mask.sum())-1 and not d.weight_mask.view(-1)[zero]
         assert torch.equal(expand(d).weight_mask, d.weight != 0)
 
+class Life:
+    "A layer, the optimizer that holds its parameter, and what may happen to them during training."
+    def __init__(self, layer, seed):
+        self.rng,self.layer = torch.Generator().manual_seed(seed),layer
+        self.opt = torch.optim.Adam(layer.parameters(), lr=.05)
+        self.losses = []
+
+    @property
+    def state(self): return self.opt.state[self.layer.weight]
+    def set_state(self, s): self.opt.state[self.layer.weight] = s
+
+    def step(self):
+        self.opt.zero_grad()
+        loss = self.layer(input_of(self.layer)).tanh().pow(2).mean()
+        loss.backward()
+        self.losses.append(loss)
+        if not is_compressed(self.layer): self.layer.weight.grad.mul_(self.layer.weight_mask)
+        self.opt.step()
+
+    def compress(self):
+        if is_compressed(self.layer): return
+        self.set_state(gather_state(self.state, self.layer.weight_mask))
+        compress(self.layer)
+
+    def expand(self):
+        if not is_compressed(self.layer): return
+        expand(self.layer)
+        self.set_state(scatter_state(self.state, self.layer.weight_mask))
+
+    def update(self):
+        self.expand()
+        l = self.layer
+        l.weight_mask = torch.rand(l.weight.shape, generator=self.rng) < .4
+        l.weight.data.mul_(l.weight_mask)
+        for v in self.state.values():
+            if v.shape == l.weight.shape: v.mul_(l.weight_mask)
+
+    def freeze(self): self.layer.weight.requires_grad_(not self.layer.weight.requires_grad) if is_compressed(self.layer) else None
+
+    def save_and_load(self):
+        f = io.BytesIO()
+        torch.save(dict(model=self.layer.state_dict()), f)
+        f.seek(0)
+        before = self.layer.state_dict()
+        self.layer.load_state_dict(torch.load(f, weights_only=True)['model'])
+        assert all(torch.equal(a, b) for a,b in zip(before.values(), self.layer.state_dict().values()))
+
+    def copy(self):
+        x = input_of(self.layer)
+        assert torch.equal(copy.deepcopy(self.layer)(x), self.layer(x)) and torch.equal(pickle.loads(pickle.dumps(self.layer))(x), self.layer(x))
+
+    def check(self):
+        l = self.layer
+        sd,mask = l.state_dict(),l.weight_mask
+        assert l.weight is self.opt.param_groups[0]['params'][0]
+        assert sd['weight'].shape == mask.shape and not sd['weight'][~mask].any()
+        assert l.weight.shape == ((int(mask.sum()),) if is_compressed(l) else mask.shape)
+        assert l.weight.grad is None or l.weight.grad.shape == l.weight.shape
+        assert all(v.shape in ((), l.weight.shape) for v in self.state.values())
+        x = input_of(l)
+        want = F.linear(x, sd['weight'], sd['bias']) if isinstance(l, nn.Linear) else F.conv2d(x, sd['weight'], sd['bias'], padding=1)
+        torch.testing.assert_close(l(x), want, rtol=1e-4, atol=1e-5)
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.booleans(), st.integers(0,99), st.lists(st.sampled_from(['step', 'compress', 'expand', 'update', 'freeze', 'save_and_load', 'copy']), max_size=12))
+def test_any_order_of_events_keeps_the_invariants(conv, seed, events):
+    life = Life(masked(nn.Conv2d(3, 5, 3, padding=1) if conv else nn.Linear(12, 9), .3, seed), seed)
+    for e in events:
+        if e == 'step' and not life.layer.weight.requires_grad: continue
+        getattr(life, e)()
+        life.check()
+
+@pytest.mark.parametrize('opt_func', ['SGD', 'Adam'])
+def test_fastai_optimizers_follow(opt_func):
+    optimizer = pytest.importorskip('fastai.optimizer')
+    torch.manual_seed(0)
+    d = masked(nn.Linear(12, 9), .3)
+    ref,mask = copy.deepcopy(d),d.weight_mask
+    ref.weight.register_hook(lambda g: g*mask)
+    kw = dict(mom=.9) if opt_func == 'SGD' else {}
+    opts = [getattr(optimizer, opt_func)(list(l.parameters()), lr=.05, wd=.01, **kw) for l in (d, ref)]
+    for i in range(8):
+        if i == 3:
+            opts[0].state[d.weight] = gather_state(opts[0].state[d.weight], mask)
+            compress(d)
+        x = torch.randn(6, 12)
+        for l,o in zip((d, ref), opts):
+            l(x).tanh().pow(2).mean().backward()
+            if l is d and not is_compressed(d): d.weight.grad.mul_(mask)
+            o.step()
+            o.zero_grad()
+    torch.testing.assert_close(d.state_dict()['weight'], ref.weight*mask, rtol=1e-3, atol=1e-4)
+
 def test_compress_says_what_it_cannot():
     with pytest.raises(TypeError, match='Conv1d, not exactly'): compress(nn.Conv1d(2, 2, 2))
     with pytest.raises(TypeError, match='NonDynamically'): compress(nn.MultiheadAttention(4, 2).out_proj)
