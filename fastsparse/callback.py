@@ -6,10 +6,12 @@
 __all__ = ['SET_presets', 'SNFS_presets', 'RigL_presets', 'dl_batch_sizes', 'borrowed_slots', 'KernelSwitch',
            'SparseKernelsCallback', 'sparse_kernels_report', 'DynamicSparseTrainingCallback', 'Sparsity', 'EverActive']
 
-# %% ../nbs/07_callback.ipynb #ce99fcaf
+# %% ../nbs/07_callback.ipynb #5022e145
 import warnings, weakref
 from contextlib import contextmanager
 import pandas as pd, torch
+from torch.utils.data import BatchSampler
+from fastcore.foundation import L
 from fastai.callback.core import Callback, CancelStepException
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import Metric
@@ -17,7 +19,7 @@ from .distribution import check_sparsity
 from .schedule import cumulative_steps, drop_fraction, is_update_step, sched_cos
 from .score import (gradient_magnitude, gradient_momentum, has_momentum, momentum_redistribution, needs_dense_grad,
                               opt_slots, opt_state, random_score, weight_magnitude)
-from .topology import apply_masks, drop_and_grow, grad_mask, set_masks, sparse_params, sparseable_params, zero_off_mask_, _hooked, _drop_hooks, GradMask
+from .topology import n_true, apply_masks, check_mask, drop_and_grow, grad_mask, set_masks, sparse_params, sparseable_params, zero_off_mask_, _hooked, _drop_hooks, GradMask
 from .training import SparseCompute, expand_model
 
 # %% ../nbs/07_callback.ipynb #c98a0f5a
@@ -26,15 +28,15 @@ SNFS_presets = dict(keep_score_f=weight_magnitude, grow_score_f=gradient_momentu
                     initial_drop_grow_pct=0.5, stop_pct=1., update_replaces_step=False)
 RigL_presets = dict(keep_score_f=weight_magnitude, grow_score_f=gradient_magnitude, initial_drop_grow_pct=0.3, stop_pct=0.75)
 
-# %% ../nbs/07_callback.ipynb #788fafd5
+# %% ../nbs/07_callback.ipynb #38211777
 def dl_batch_sizes(
     dl, # A fastai or torch `DataLoader`
 ) -> list: # One size per batch
     "Samples in each batch of one epoch."
     bs = getattr(dl, 'bs', None) or getattr(dl, 'batch_size', None) or 1
-    n_batches,n = len(dl),getattr(dl, 'n', None)
-    sizes = [bs]*n_batches
-    if n_batches and n is not None and not dl.drop_last and 0 < n - bs*(n_batches-1) < bs: sizes[-1] = n - bs*(n_batches-1)
+    sizes,n = [bs]*len(dl),getattr(dl, 'n', None)
+    if n is None and type(getattr(dl, 'batch_sampler', None)) is BatchSampler: n = len(dl.sampler)
+    if sizes and n is not None and not dl.drop_last and 0 < n - bs*(len(dl)-1) < bs: sizes[-1] = n - bs*(len(dl)-1)
     return sizes
 
 # %% ../nbs/07_callback.ipynb #d0941f19
@@ -73,7 +75,7 @@ def borrowed_slots(
             zero_off_mask_(p.param, p.mask)
             _return(p, opt, store.setdefault(p.name, {}))
 
-# %% ../nbs/07_callback.ipynb #ed914c7d
+# %% ../nbs/07_callback.ipynb #73e4f8d0
 class KernelSwitch:
     "The part of a callback that puts layers on the compiled kernels and takes them off again."
     def __init__(self, mode, threshold, keep):
@@ -83,7 +85,6 @@ class KernelSwitch:
 
     def start(self, learn, dense_grad=lambda p: False):
         "Before fit. Raises `ValueError` if kernels are insisted on and some layer can't use them."
-        expand_model(learn.model, learn.opt)
         self.compute,self.stale = None,True
         if self.mode is False: return
         self.compute = learn.sparse_compute = SparseCompute(learn.model, learn.opt, self.mode, self.threshold, dense_grad)
@@ -140,12 +141,12 @@ def sparse_kernels_report(
     if compute is None or not compute.log: raise ValueError("no decision yet: train with `sparse_kernels='auto'` first.")
     return pd.DataFrame(list(compute.log.values())).set_index('layer')
 
-# %% ../nbs/07_callback.ipynb #3e997ce3
+# %% ../nbs/07_callback.ipynb #678a1356
 class DynamicSparseTrainingCallback(Callback):
     "Prune and grow the connections of a sparsified model while it trains. Leave it out, and sparsity is static."
     order,run_valid = 95,False
     def __init__(self,
-        sparse_modules=None,              # Modules whose connections move; `None`: every module that `sparsify_model` masked
+        sparse_modules=None,              # A module, or a list, with all inside, whose connections move; `None`: every module that `sparsify_model` masked
         batches_per_update:int=None,      # Optimizer steps between updates. `None`: 100 (RigL's) if the update replaces a step, else one epoch (SET's, SNFS's)
         initial_drop_grow_pct:float=0.3,  # Share of active connections that the first updates move, in [0,1)
         stop_pct:float=0.75,              # Share of training after which connectivity is final, in (0,1]
@@ -160,7 +161,7 @@ class DynamicSparseTrainingCallback(Callback):
     ):
         check_sparsity(initial_drop_grow_pct, 'initial_drop_grow_pct')
         if not 0 < stop_pct <= 1: raise ValueError(f"stop_pct is the share of training with updates, in (0,1], not {stop_pct!r}.")
-        if batches_per_update is not None and (batches_per_update != int(batches_per_update) or batches_per_update < 1):
+        if batches_per_update is not None and (not isinstance(batches_per_update, int) or batches_per_update < 1):
             raise ValueError(f"batches_per_update is a whole number of optimizer steps, 1 or more, or None, not {batches_per_update!r}.")
         for f in (keep_score_f, grow_score_f, drop_grow_sched):
             if not callable(f): raise ValueError(f"a score or schedule is a function, not {f!r}.")
@@ -179,14 +180,18 @@ class DynamicSparseTrainingCallback(Callback):
     @property
     def _every_grad(self): return any(needs_dense_grad(f) == 'always' for f in self._scores)
 
-    def _moves(self, p): return self.sparse_modules is None or any(p.module is m for m in self.sparse_modules)
+    def _moves(self, p):
+        return self.sparse_modules is None or any(p.module is m for o in L(self.sparse_modules) for m in o.modules())
 
     def _params(self):
         "The masked parameters whose connections move."
         return [p for p in sparse_params(self.learn.model) if self._moves(p)]
 
     def _check(self, ps):
-        if not ps: raise ValueError("no layer has a mask: call `sparsify_model(learn.model, sparsity)` before training.")
+        if not ps:
+            raise ValueError("no layer has a mask: call `sparsify_model(learn.model, sparsity)` before training." if self.sparse_modules is None
+                             else "none of the `sparse_modules` has a mask.")
+        for p in ps: check_mask(p)
         wants = [f for f in self._scores if getattr(f, 'func', f) in (gradient_momentum, momentum_redistribution)]
         if wants and not has_momentum(self.learn.opt):
             raise ValueError(f"`{wants[0].__name__}` reads the optimizer's momentum, but this optimizer keeps none: "
@@ -197,12 +202,13 @@ class DynamicSparseTrainingCallback(Callback):
         self._reset()
         self.idle = hasattr(self.learn, 'lr_finder') or hasattr(self.learn, 'gather_preds')   # a trial run moves nothing
         if self.idle: return
+        expand_model(self.learn.model, self.learn.opt)      # an interrupted run may have left layers compressed
         ps = self._params()
         self._check(ps)
         n_acc = max([1] + [cb.n_acc for cb in self.learn.cbs if isinstance(cb, GradientAccumulation)])
         self.steps_before = cumulative_steps(dl_batch_sizes(self.learn.dls.train), self.learn.n_epoch, n_acc)
         self.n_steps,self.i_step = self.steps_before[-1],0
-        self.every = self.batches_per_update or (100 if self.update_replaces_step else max(1, self.n_steps//self.learn.n_epoch))
+        self.every = self.batches_per_update or (100 if self.update_replaces_step else max(1, self.n_steps//max(1, self.learn.n_epoch)))
         if not any(is_update_step(i, self.n_steps, self.every, self.stop_pct) for i in range(self.n_steps)):
             warnings.warn(f"connectivity will not change: no update falls into {self.n_steps} optimizer steps at batches_per_update={self.every}. Lower it.")
         self.kernels.start(self.learn, lambda p: self._every_grad and self._moves(p))
@@ -240,7 +246,7 @@ class DynamicSparseTrainingCallback(Callback):
         if not due and not self._every_grad: return
         if due: self.kernels.set(dense=True)
         ps = [p for p in self._params() if p.param.requires_grad and p.param.grad is not None]
-        if due: self.pending = not all(torch.isfinite(p.param.grad).all() for p in ps)
+        if due: self.pending = not all(p.param.grad.abs().amax().isfinite() for p in ps)
         try: self._step(ps, due and not self.pending, replaced=due and self.update_replaces_step)
         finally: self.wants_dense_grad = self._every_grad
         raise CancelStepException()
@@ -313,7 +319,7 @@ class Sparsity(_ModelMetric):
         ps = sparseable_params(self.learn.model) if self.learn else []
         return 1 - sum(p.n_active for p in ps)/sum(p.n_weights for p in ps) if ps else None
 
-# %% ../nbs/07_callback.ipynb #74e5cbed
+# %% ../nbs/07_callback.ipynb #86c311b0
 class EverActive(_ModelMetric):
     "Share of the weights that can be sparse which have been active at some time of this fit, from 0 to 1 (2102.02887, $R_s$)."
     name = 'ever_active'
@@ -322,4 +328,4 @@ class EverActive(_ModelMetric):
         ps = sparseable_params(self.learn.model) if self.learn else []
         cb = next((cb for cb in self.learn.cbs if isinstance(cb, DynamicSparseTrainingCallback)), None) if ps else None
         seen = cb.ever_active if cb is not None else {}
-        return sum(int(seen[p.name].sum()) if p.name in seen else p.n_active for p in ps)/sum(p.n_weights for p in ps) if ps else None
+        return sum(n_true(seen[p.name]) if p.name in seen else p.n_active for p in ps)/sum(p.n_weights for p in ps) if ps else None

@@ -66,12 +66,13 @@ def check_sparsity(
         raise ValueError(f"{what} is {s!r}, but a sparsity is the share of zeros: a number from 0 (dense) up to but excluding 1.")
     return f
 
-# %% ../nbs/02_distribution.ipynb #9478e872
+# %% ../nbs/02_distribution.ipynb #a56391cd
 def _from_patterns(patterns, names, default):
     "Sparsity of each name by the first matching pattern."
-    unused = [g for g in patterns if not any(fnmatch(n, g) for n in names)]
+    def hits(n, g): return fnmatch(n, g) or fnmatch(n.rpartition('.')[0], g)      # the parameter's name or its layer's
+    unused = [g for g in patterns if not any(hits(n, g) for n in names)]
     if unused: raise ValueError(f"sparse_f: no layer matches {unused}. The layers are: {', '.join(names)}.")
-    return [next((s for g,s in patterns.items() if fnmatch(n, g)), default) for n in names]
+    return [next((s for g,s in patterns.items() if hits(n, g)), default) for n in names]
 
 # %% ../nbs/02_distribution.ipynb #3a65ad96
 def layer_sparsities(

@@ -153,14 +153,14 @@ def _call(f, p, opt, **kw):
     if any(o.kind is o.VAR_KEYWORD for o in ps): return f(p, opt, **kw)
     return f(p, opt, **{k:v for k,v in kw.items() if k in {o.name for o in ps}})
 
-# %% ../nbs/03_score.ipynb #95f40a8a
+# %% ../nbs/03_score.ipynb #5477410e
 def _checked(s, p):
     "`s` if it is a score for `p`; `ValueError` says what is wrong."
     if not isinstance(s, torch.Tensor): raise ValueError(f"it returned a {type(s).__name__}, not a tensor.")
     if s.shape != p.shape: raise ValueError(f"it returned shape {tuple(s.shape)}, but the parameter has shape {tuple(p.shape)}.")
     if s.is_complex(): raise ValueError(f"it returned {s.dtype}, which has no order.")
     if s.dtype is torch.bool: s = s.to(torch.uint8)
-    if s.is_floating_point() and torch.isnan(s).any(): raise ValueError("it returned NaN.")
+    if s.is_floating_point() and s.numel() and s.amax().isnan(): raise ValueError("it returned NaN.")
     return s.detach().to(p.device)
 
 # %% ../nbs/03_score.ipynb #f4889593
