@@ -63,6 +63,16 @@ class TestLinear:
         dense.weight.data.mul_(dense.weight_mask)
         check_against_dense(SparseLinear.from_dense(dense), dense, torch.randn(6, 20))
 
+    def test_short_rows_share_vectors(self):
+        "Partial sums of several rows are reduced together; which positions they go to must not depend on luck."
+        for seed in range(300):
+            g = torch.Generator().manual_seed(seed)
+            n_out,n_in,n = (int(torch.randint(2, 40, (), generator=g)) for _ in range(3))
+            dense = masked(nn.Linear(n_in, n_out, bias=False), .05, seed)
+            x,dy = torch.randn(n, n_in, generator=g),torch.randn(n, n_out, generator=g)
+            dw = run(SparseLinear.from_dense(dense), x, dy)[2]
+            torch.testing.assert_close(dw, (dy.T@x)[dense.weight_mask], rtol=1e-4, atol=1e-4)
+
     def test_non_contiguous_input_and_gradient(self):
         dense = masked(nn.Linear(20, 12), .5)
         sparse = SparseLinear.from_dense(dense)
