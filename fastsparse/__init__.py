@@ -9,7 +9,8 @@ _public = dict(
     topology='sparsify_model sparse_params sparseable_params add_mask_hooks apply_masks SparseHooks',
     checkpoint='load_sparse_model load_sparse_state save_checkpoint CheckpointCallback ResumeCallback',
     callback='DynamicSparseTrainingCallback SparseKernelsCallback sparse_kernels_report SET_presets SNFS_presets RigL_presets '
-             'Sparsity EverActive')
+             'Sparsity EverActive',
+    interpret='sparsity_report count_flops plot_sparsity plot_updates plot_training')
 _home = {name: module for module,names in _public.items() for name in names.split()}
 __all__ = list(_home)
 
