@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['load_sparse_state', 'load_sparse_model', 'save_checkpoint', 'CheckpointCallback', 'ResumeCallback']
 
-# %% ../nbs/09_checkpoint.ipynb #911e3c96
+# %% ../nbs/09_checkpoint.ipynb #a177b70b
 import os, random
 from pathlib import Path
 import numpy as np
@@ -19,7 +19,8 @@ from fastai.callback.tracker import TrackerCallback
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import Learner, Recorder
 from .callback import DynamicSparseTrainingCallback
-from .training import expand_model
+from .layers import scatter
+from .training import expand_model, param_compressed
 from .topology import SparseHooks, SparseParam, add_mask_hooks, apply_masks, sparse_params
 
 # %% ../nbs/09_checkpoint.ipynb #70950dcf
@@ -132,7 +133,13 @@ def _set_cb_state(cb, s):
     if hasattr(type(cb), 'load_state_dict'): cb.load_state_dict(s)
     else: vars(cb).update(s)
 
-# %% ../nbs/09_checkpoint.ipynb #35deb5d0
+# %% ../nbs/09_checkpoint.ipynb #695a6c5b
+def _grads(model):
+    "Accumulated gradients in parameter order, dense whichever way a layer is stored."
+    masks = {id(p.param): p.mask for p in sparse_params(model) if param_compressed(p)}
+    return [scatter(p.grad, masks[id(p)]) if p.grad is not None and id(p) in masks else p.grad for p in model.parameters()]
+
+# %% ../nbs/09_checkpoint.ipynb #3ec2785f
 def save_checkpoint(
     path,                # File to write; it is replaced only once the new one is complete
     learn,               # A learner in training
@@ -145,7 +152,7 @@ def save_checkpoint(
     state = dict(model=learn.model.state_dict(), opt=learn.opt.state_dict(), epoch=epoch, n_done=n_done, n_epoch=learn.n_epoch,
                  n_batches=len(learn.dls.train), train_iter=learn.train_iter, rng=_rng_state(learn.dls), epoch_rng=epoch_rng,
                  cbs={cb.name: _cb_state(cb) for cb in learn.cbs}, smooth_loss=[rec.count, rec.val],
-                 grads=[None if p.grad is None else p.grad for p in learn.model.parameters()],
+                 grads=_grads(learn.model),
                  scaler=learn.scaler.state_dict() if getattr(learn, 'scaler', None) else None)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -250,6 +250,7 @@ def build_plan(
         if e and ref in e.refs: plan_cache.pop(key, None)
     memory = tuple(t.detach() for t in (indptr, indices))
     plan = geom.plan(indptr.detach().long().contiguous().numpy(), indices.detach().int().contiguous().numpy())
+    plan.structure,plan.broken = memory,False
     plan_cache[key] = PlanEntry(plan, (weakref.ref(indptr, forget), weakref.ref(indices, forget)), structure_stamp(indptr, indices), memory)
     return plan
 
@@ -267,6 +268,23 @@ def plan_for(
 # %% ../nbs/05_layers.ipynb #de835d47
 def _view(geom, t): return geom.batched(t.detach()).numpy()
 
+def _survives(plan, kernel, *args):
+    "Run a kernel; `False` if it fails or has failed for this structure before. A call with wrong arguments still raises."
+    if plan.broken: return False
+    try: kernel(*args)
+    except RuntimeError as e:
+        plan.broken = True
+        say_once(f'a kernel failed: {e}')
+    return not plan.broken
+
+def _dense_backward(geom, plan, x, dy, values, x_shape, need_x, need_v):
+    "`run_backward` by PyTorch's dense operators."
+    x = (dy.new_zeros(x_shape) if x is None else x).detach().requires_grad_(need_x)
+    v = (dy.new_zeros(plan.nnz) if values is None else values).detach().requires_grad_(need_v)
+    with torch.enable_grad(): y = geom.dense(x, dense_weight(v, *plan.structure, geom.weight_shape), None)
+    gs = iter(torch.autograd.grad(y, [t for t,need in ((x,need_x),(v,need_v)) if need], dy))
+    return next(gs) if need_x else None, next(gs) if need_v else None
+
 def _flat(plan, values):
     if values.shape != (plan.nnz,): raise RuntimeError(f'weight of shape {tuple(values.shape)} for a structure of {plan.nnz} nonzeros')
     return values.detach().numpy()
@@ -279,10 +297,10 @@ def run_forward(
     values:Tensor, # (nonzeros)
     bias:Tensor,   # (rows) or None
 ) -> Tensor:
-    "Output of the layer."
-    out = x.new_empty(geom.out_shape(x.shape))
-    plan.forward(_view(geom, x), _flat(plan, values), None if bias is None else bias.detach().numpy(), _view(geom, out))
-    return out
+    "Output of the layer. Should a kernel fail, the layer computes densely from then on."
+    out,args = x.new_empty(geom.out_shape(x.shape)),(_view(geom, x), _flat(plan, values), None if bias is None else bias.detach().numpy())
+    if _survives(plan, plan.forward, *args, _view(geom, out)): return out
+    return geom.dense(x, dense_weight(values.detach(), *plan.structure, geom.weight_shape), bias)
 
 # %% ../nbs/05_layers.ipynb #c6746850
 def run_backward(
@@ -298,9 +316,9 @@ def run_backward(
     "Both gradients at once, for which `dy` is read once."
     dx = dy.new_empty(x_shape) if need_x else None
     dv = dy.new_empty(plan.nnz) if need_v else None
-    plan.backward(_view(geom, x) if need_v else None, _view(geom, dy), _flat(plan, values) if need_x else None,
-                  _view(geom, dx) if need_x else None, dv.numpy() if need_v else None)
-    return dx, dv
+    ok = _survives(plan, plan.backward, _view(geom, x) if need_v else None, _view(geom, dy), _flat(plan, values) if need_x else None,
+                   _view(geom, dx) if need_x else None, dv.numpy() if need_v else None)
+    return (dx, dv) if ok else _dense_backward(geom, plan, x, dy, values, x_shape, need_x, need_v)
 
 # %% ../nbs/05_layers.ipynb #a3eb466e
 class SparseFunction(Function):

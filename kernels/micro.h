@@ -10,7 +10,7 @@ template <int TR, int TC, bool UNIT> struct Tile {
 };
 
 static inline void prefetch(const void* p) { __builtin_prefetch(p); }
-constexpr int ahead = FS_AHEAD;
+constexpr int ahead = 2;  // segments whose entries are fetched in advance
 
 template <int TR, int TC, bool UNIT, bool PERM> static void spmm_rows(const SpmmArgs& a) {
     using T = Tile<TR, TC, UNIT>;
@@ -63,12 +63,12 @@ template <int TR, int TC, bool UNIT> static void spmm(const SpmmArgs& a) {
     else spmm_rows<TR, TC, UNIT, false>(a);
 }
 
-// The sums of the vectors in buf go to dv[pos[0..n)].
-static inline void flush(const float* buf, const uint32_t* pos, float* dv, int n, bool add) {
+// The sums of the vectors in buf go to dv[pos[0..n)]; run: a whole vector of consecutive positions.
+static inline void flush(const float* buf, const uint32_t* pos, float* dv, int n, bool add, bool run) {
     constexpr int W = V::W;
     alignas(64) float sum[W];
     const V s = V::reduce(buf);
-    if (n == W && pos[W - 1] - pos[0] == W - 1) {
+    if (run) {
         float* d = dv + pos[0];
         V::store(d, add ? V::add(V::load(d), s) : s);
         return;
@@ -87,7 +87,9 @@ template <int TR, int TC, bool UNIT> static void sddmm(const SddmmArgs& a) {
     uint32_t pos[W];
     for (int i = 0; i < W * W; ++i) buf[i] = 0.f;
     int fill = 0;
+    bool run = true;        // segments come by length, not by position
     for (const Seg *s = a.segs, *e = s + a.nseg; s != e; ++s) {
+        if (fill && s->start != pos[fill - 1] + 1) run = false;
         const float* y = a.y + s->row * a.ypitch;
         V g[N];
 #pragma GCC unroll 16
@@ -99,39 +101,37 @@ template <int TR, int TC, bool UNIT> static void sddmm(const SddmmArgs& a) {
             for (int i = 1; i < N; ++i) acc = V::fma(g[i], V::load(p + T::at(xrow, xcol, i / TC, i % TC)), acc);
             V::store(buf + W * fill, acc);
             pos[fill] = k;
-            if (++fill == W) { flush(buf, pos, a.dv, W, a.add); fill = 0; }
+            if (++fill == W) { flush(buf, pos, a.dv, W, a.add, run); fill = 0; run = true; }
         }
     }
-    if (fill) flush(buf, pos, a.dv, fill, a.add);
+    if (fill) flush(buf, pos, a.dv, fill, a.add, false);
+}
+
+// A W x W block at s, transposed; lanes beyond nr rows and nc columns are zero.
+static inline void load_block(const float* s, i64 pitch, i64 nr, i64 nc, V* t) {
+    if (nr == V::W && nc == V::W) {
+#pragma GCC unroll 16
+        for (int i = 0; i < V::W; ++i) t[i] = V::load(s + i * pitch);
+    } else
+        for (int i = 0; i < V::W; ++i) t[i] = i < nr ? V::load_first(s + i * pitch, nc) : V::zero();
+    V::transpose(t);
 }
 
 static void pack(const float* src, i64 src_pitch, i64 rows, i64 cols, float* dst, i64 dst_pitch, const i32* off) {
     constexpr int W = V::W;
     V t[W];
-    alignas(64) float edge[W];
     for (i64 r = 0; r < rows; r += W) {
         const i64 nr = rows - r < W ? rows - r : W;
         for (i64 c = 0; c < cols; c += W) {
             const i64 nc = cols - c < W ? cols - c : W;
             const float* s = src + r * src_pitch + c;
             for (int i = 0; i < W; ++i) prefetch(s + (i + W) * src_pitch);
-            if (nr == W && nc == W) {
-#pragma GCC unroll 16
-                for (int i = 0; i < W; ++i) t[i] = V::load(s + i * src_pitch);
-                if (!off) {
-                    V::transpose(t);
-#pragma GCC unroll 16
-                    for (int j = 0; j < W; ++j) V::store(dst + (c + j) * dst_pitch + r, t[j]);
-                    continue;
-                }
-            } else
-                for (int i = 0; i < W; ++i) {
-                    for (int j = 0; j < W; ++j) edge[j] = i < nr && j < nc ? s[i * src_pitch + j] : 0.f;
-                    t[i] = V::load(edge);
-                }
-            V::transpose(t);
+            load_block(s, src_pitch, nr, nc, t);
             if (off)
                 for (i64 j = 0; j < nc; ++j) V::store(dst + off[c + j] + r, t[j]);
+            else if (nc == W)
+#pragma GCC unroll 16
+                for (int j = 0; j < W; ++j) V::store(dst + (c + j) * dst_pitch + r, t[j]);
             else
                 for (i64 j = 0; j < nc; ++j) V::store(dst + (c + j) * dst_pitch + r, t[j]);
         }
@@ -141,30 +141,56 @@ static void pack(const float* src, i64 src_pitch, i64 rows, i64 cols, float* dst
 static void unpack(const float* src, i64 src_pitch, i64 rows, i64 cols, float* dst, i64 dst_pitch) {
     constexpr int W = V::W;
     V t[W];
-    alignas(64) float edge[W];
     for (i64 c = 0; c < cols; c += W) {
         const i64 nc = cols - c < W ? cols - c : W;
         for (i64 r = 0; r < rows; r += W) {
             const i64 nr = rows - r < W ? rows - r : W;
-            const float* s = src + r * src_pitch + c;
             float* d = dst + c * dst_pitch + r;
             for (int i = 0; i < W; ++i) __builtin_prefetch(d + (i + W) * dst_pitch, 1);
-            if (nr == W && nc == W) {
+            load_block(src + r * src_pitch + c, src_pitch, nr, W, t);
+            if (nr == W && nc == W)
 #pragma GCC unroll 16
-                for (int i = 0; i < W; ++i) t[i] = V::load(s + i * src_pitch);
-                V::transpose(t);
-#pragma GCC unroll 16
-                for (int i = 0; i < W; ++i) V::store(d + i * dst_pitch, t[i]);
-                continue;
-            }
-            for (int i = 0; i < W; ++i) t[i] = i < nr ? V::load(s + i * src_pitch) : V::zero();
-            V::transpose(t);
-            for (i64 j = 0; j < nc; ++j) {
-                V::store(edge, t[j]);
-                for (i64 i = 0; i < nr; ++i) d[j * dst_pitch + i] = edge[i];
-            }
+                for (int j = 0; j < W; ++j) V::store(d + j * dst_pitch, t[j]);
+            else if (nr == W)
+                for (i64 j = 0; j < nc; ++j) V::store(d + j * dst_pitch, t[j]);
+            else
+                for (i64 j = 0; j < nc; ++j) V::store_first(d + j * dst_pitch, t[j], nr);
         }
     }
+}
+
+// dst[r, left + c] = src[r, c], zeros around it. Rows are written in order, so that each may run over into the next.
+static void pad(const float* src, i64 src_pitch, i64 rows, i64 cols, float* dst, i64 dst_pitch, i64 left) {
+    constexpr int W = V::W;
+    const i64 last = dst_pitch - left;  // floats from the row's first pixel to the next row
+    for (i64 c = 0; c < left; c += W) V::store_first(dst + c, V::zero(), left - c < W ? left - c : W);
+    for (i64 r = 0; r < rows; ++r, src += src_pitch, dst += dst_pitch) {
+        i64 c = 0;
+        for (; c + W <= cols; c += W) V::store(dst + left + c, V::load(src + c));
+        // What follows the row: the rest of it, its right margin and the next row's left one.
+        const i64 end = r + 1 < rows ? last + left : last;
+        for (i64 n = cols - c; c < end; c += W, n = 0) {
+            const V tail = n > 0 ? V::load_first(src + c, n) : V::zero();
+            if (end - c >= W) V::store(dst + left + c, tail);
+            else V::store_first(dst + left + c, tail, end - c);
+        }
+    }
+}
+
+// dst[r, c] = src[r, c]
+static void crop(const float* src, i64 src_pitch, i64 rows, i64 cols, float* dst, i64 dst_pitch) {
+    constexpr int W = V::W;
+    for (i64 r = 0; r < rows; ++r, src += src_pitch, dst += dst_pitch) {
+        i64 c = 0;
+        for (; c + W <= cols; c += W) V::store(dst + c, V::load(src + c));
+        if (c < cols) V::store_first(dst + c, V::load_first(src + c, cols - c), cols - c);
+    }
+}
+
+// dst[j] = src[j*step]; step 2 has its own loop, which the compiler turns into shuffles.
+static void every(const float* src, i64 step, i64 n, float* dst) {
+    if (step == 2) for (i64 j = 0; j < n; ++j) dst[j] = src[2 * j];
+    else for (i64 j = 0; j < n; ++j) dst[j] = src[step * j];
 }
 
 static void spmv(const float* x, const i32* idx, const float* val, const Seg* segs, i64 nseg, const float* bias, float* y) {
@@ -225,4 +251,4 @@ static constexpr Kernel table[] = {
 };
 
 static constexpr Isa isa = {FS_NAME, V::W, V::max_spmm, V::max_sddmm, table, sizeof(table) / sizeof(table[0]),
-                        &pack, &unpack, &spmv, &outer, &gather, &accumulate};
+                        &pack, &unpack, &spmv, &outer, &gather, &accumulate, &pad, &crop, &every};

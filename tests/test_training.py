@@ -1,0 +1,316 @@
+"Layers on the compiled kernels while they train: the same training, the same checkpoints, and nothing that an interruption could break."
+from functools import partial
+import pytest, torch, torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings, strategies as st
+from torch import nn
+from fastai.basics import Adam, Callback, CancelFitException, DataLoader, DataLoaders, Learner, OptimWrapper, SGD, load_model, save_model
+from fastai.callback.fp16 import MixedPrecision
+import fastai.callback.hook
+from fastai.callback.schedule import fit_one_cycle
+from fastai.callback.tracker import SaveModelCallback
+from fastai.callback.training import GradientAccumulation, GradientClip
+from fastai.optimizer import Lamb, RAdam, ranger
+from fastsparse import (DynamicSparseTrainingCallback, RigL_presets, SET_presets, SNFS_presets, CheckpointCallback, ResumeCallback, SparseKernelsCallback,
+                        load_sparse_model, sparse_kernels_report, sparse_params, sparsify_model)
+from fastsparse import kernels, layers
+from fastsparse.training import TimingCache, expand_model, param_compressed
+from conftest import quiet, toy_items, Items
+
+pytestmark = pytest.mark.skipif(not kernels.kernels_available(), reason=kernels.why_not())
+PRESETS = dict(RigL=RigL_presets, SET=SET_presets, SNFS=SNFS_presets)
+
+class Conv(nn.Module):
+    "Convolutions, a norm, and a head, on 6 numbers folded into an image."
+    def __init__(self):
+        super().__init__()
+        self.c1,self.bn,self.c2,self.fc = nn.Conv2d(1, 8, 3, padding=1, bias=False),nn.BatchNorm2d(8),nn.Conv2d(8, 16, 3, stride=2, padding=1),nn.Linear(32, 3)
+    def forward(self, x):
+        x = F.silu(self.bn(self.c1(x.view(-1, 1, 2, 3))))
+        return self.fc(self.c2(x).tanh().flatten(1))
+
+def mlp(): return nn.Sequential(nn.Linear(6,32), nn.Tanh(), nn.Linear(32,24), nn.Tanh(), nn.Linear(24,3))
+
+def learner(model_f=mlp, opt_func=partial(SGD, mom=.9), sparsity=.85, bs=8, path='.', seed=0, **kw):
+    torch.manual_seed(seed)
+    items = Items(toy_items(64))
+    learn = Learner(DataLoaders(DataLoader(items, bs=bs), DataLoader(Items(items[:16]), bs=8)), model_f(), loss_func=F.cross_entropy, opt_func=opt_func, lr=.05, path=path, **kw)
+    sparsify_model(learn, sparsity)
+    return learn
+
+def dst(method='RigL', on=True, every=3, **kw):
+    return DynamicSparseTrainingCallback(**{**PRESETS[method], **kw}, batches_per_update=every, sparse_kernels=on, sparsity_threshold=.5)
+
+def run(learn, n=3, *cbs, **kw):
+    with quiet(learn): learn.fit(n, cbs=list(cbs), **kw)
+    return learn
+
+def dense_slots(learn):
+    "Each masked parameter's slots, as a checkpoint shows them."
+    sd = learn.opt.state_dict()['state']
+    params = [p for g in learn.opt.param_lists for p in g]
+    return {id(p): s for p,s in (zip(params, sd) if not isinstance(sd, dict) else ((params[i], s) for i,s in sd.items()))}
+
+def check(learn, counts=None):
+    "Every invariant of the engine, whichever way the layers are stored."
+    state,slots = learn.model.state_dict(),dense_slots(learn) if learn.opt is not None else {}
+    for p in sparse_params(learn.model):
+        w,m = state[p.name],state[f'{p.name}_mask']
+        assert w.shape == m.shape and not w[~m].any(), p.name
+        for k,t in slots.get(id(p.param), {}).items():
+            if isinstance(t, torch.Tensor) and t.ndim: assert t.shape == m.shape and not t[~m].any(), (p.name, k)
+        if param_compressed(p): assert p.param.shape == (p.n_active,)
+        if p.param.grad is not None: assert p.param.grad.shape == p.param.shape
+    if counts is not None: assert sum(counts) == sum(p.n_active for p in sparse_params(learn.model))
+
+def counts(learn): return [p.n_active for p in sparse_params(learn.model)]
+def close(a, b, rtol=1e-4, atol=2e-6): return a.keys() == b.keys() and all(torch.allclose(v.float(), b[k].float(), rtol=rtol, atol=atol) for k,v in a.items())
+
+# ------------------------------------------------------------------------------------------------ the same training
+
+@pytest.mark.parametrize('method', PRESETS)
+@pytest.mark.parametrize('model_f', [mlp, Conv])
+def test_same_masks_and_weights_with_and_without_kernels(model_f, method):
+    off,on = [run(learner(model_f), 25, dst(method, on)) for on in (False, True)]       # 200 steps
+    assert close(off.model.state_dict(), on.model.state_dict())
+
+@pytest.mark.parametrize('opt_func', [partial(SGD), Adam, RAdam, Lamb, ranger, partial(OptimWrapper, opt=torch.optim.SGD, momentum=.9, weight_decay=.01),
+                                      partial(OptimWrapper, opt=torch.optim.Adam), partial(OptimWrapper, opt=torch.optim.AdamW)])
+def test_same_training_with_every_optimizer(opt_func):
+    off,on = [run(learner(opt_func=opt_func), 4, dst('RigL', on), lr=.01) for on in (False, True)]
+    assert close(off.model.state_dict(), on.model.state_dict(), 1e-3, 1e-5)
+    check(on)
+
+@pytest.mark.parametrize('cbs', [lambda: [GradientAccumulation(24)], lambda: [GradientClip(.1)], lambda: [MixedPrecision(amp_mode='bf16')]])
+def test_composes(cbs):
+    off,on = [run(learner(), 4, dst('RigL', on, every=2), *cbs()) for on in (False, True)]
+    assert close(off.model.state_dict(), on.model.state_dict(), 1e-3, 1e-5)
+
+def test_runs_are_identical_on_the_kernels():
+    a,b = [run(learner(Conv), 4, dst()) for _ in range(2)]
+    assert all(v.equal(b.model.state_dict()[k]) for k,v in a.model.state_dict().items())
+
+def test_layers_really_run_compressed():
+    seen = []
+    class Look(Callback):
+        def before_step(self): seen.append([param_compressed(p) for p in sparse_params(self.learn.model)])
+    learn = run(learner(), 3, dst(every=6), Look())
+    assert seen[0] == [False]*3 and seen[1] == [True]*3 and seen[6] == [False]*3 and seen[7] == [True]*3
+    assert not any(param_compressed(p) for p in sparse_params(learn.model))
+
+def test_static_sparsity_on_the_kernels():
+    off,on = run(learner(), 3),run(learner(), 3, SparseKernelsCallback(True, .5))
+    assert close(off.model.state_dict(), on.model.state_dict())
+
+def test_validation_and_prediction_run_sparse():
+    learn = run(learner(), 2, dst(keep_kernels=True))
+    assert all(param_compressed(p) for p in sparse_params(learn.model))
+    with quiet(learn): kept = learn.get_preds()[0],learn.validate()
+    expand_model(learn.model, learn.opt)
+    with quiet(learn): plain = learn.get_preds()[0],learn.validate()
+    assert torch.allclose(kept[0], plain[0], atol=1e-5) and abs(kept[1][0]-plain[1][0]) < 1e-5
+
+def test_summary_hooks_and_freezing_on_compressed_layers():
+    learn = run(learner(), 1, dst(keep_kernels=True))
+    with quiet(learn): assert 'Linear' in str(learn.summary())
+    got = []
+    h = learn.model[0].register_forward_hook(lambda m,i,o: got.append(o.shape))
+    learn.model[2].weight.requires_grad_(False)
+    learn.model[2].weight.grad = None
+    before = learn.model.state_dict()['2.weight'].clone()
+    run(learn, 2, dst())
+    h.remove()
+    assert got and learn.model[2].weight.detach().equal(before)
+    check(learn)
+
+def test_transformer_on_the_kernels():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up,self.enc,self.head = nn.Linear(1, 16),nn.TransformerEncoderLayer(16, 2, 32, dropout=0., batch_first=True),nn.Linear(16, 3)
+        def forward(self, x): return self.head(self.enc(self.up(x[...,None])).mean(1))
+    off,on = [run(learner(Net, Adam), 6, dst('RigL', on), lr=.01) for on in (False, True)]
+    assert close(off.model.state_dict(), on.model.state_dict(), 1e-3, 1e-4)
+    with quiet(on): on.get_preds()
+
+def test_lstm_trains_through_masks_beside_compressed_layers():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn,self.head = nn.LSTM(1, 16, batch_first=True),nn.Linear(16, 3)
+        def forward(self, x): return self.head(self.rnn(x[...,None])[0][:,-1])
+    learn = learner(Net)
+    run(learn, 2, dst(on='auto'))
+    check(learn)
+    with pytest.raises(ValueError, match='rnn.weight_ih_l0'): run(learner(Net), 1, dst(on=True))
+
+# ------------------------------------------------------------------------------------------------ decisions
+
+def test_report_says_what_and_why():
+    learn = run(learner(), 1, dst(on='auto'))
+    rep = sparse_kernels_report(learn)
+    assert list(rep.index) == [p.name for p in sparse_params(learn.model)] and rep.chosen.isin(['dense','sparse']).all() and rep.why.str.len().gt(0).all()
+    with pytest.raises(ValueError, match='no decision yet'): sparse_kernels_report(learner())
+
+def test_insisting_is_an_error_where_kernels_cant_be():
+    learn = learner(lambda: mlp().double())
+    learn.dls = DataLoaders(*[DataLoader([(x.double(),y) for x,y in toy_items(16)], bs=8)]*2)
+    before = {k: v.clone() for k,v in learn.model.state_dict().items()}
+    with pytest.raises(ValueError, match='float64'): run(learn, 1, dst(on=True))
+    assert all(v.equal(learn.model.state_dict()[k]) for k,v in before.items())
+
+@pytest.mark.parametrize('kw', [dict(sparse_kernels='yes'), dict(sparsity_threshold=1.), dict(sparsity_threshold=-1)])
+def test_bad_arguments(kw):
+    with pytest.raises(ValueError): DynamicSparseTrainingCallback(**kw)
+
+def test_timings_are_kept_and_a_broken_file_is_done_without(tmp_path):
+    f,n = tmp_path/'t.json',[]
+    for _ in range(2): assert TimingCache(f)('layer', lambda: n.append(1) or dict(dense=1., sparse=2.)) == dict(dense=1., sparse=2.)
+    assert len(n) == 1
+    f.write_text('{broken')
+    assert TimingCache(f)('layer', lambda: dict(dense=3.))['dense'] == 3.
+    assert TimingCache('/proc/no/such/place')('layer', lambda: 1) == 1
+
+# ------------------------------------------------------------------------------------------------ checkpoints
+
+@pytest.mark.parametrize('opt_func', [partial(SGD, mom=.9), Adam, ranger, partial(OptimWrapper, opt=torch.optim.AdamW)])
+@pytest.mark.parametrize('there', [False, True])
+def test_checkpoints_don_t_show_how_a_layer_ran(opt_func, there, tmp_path):
+    "Saved in the midst of training on the kernels, carried on with or without; and the other way round."
+    class Save(Callback):
+        order = 97
+        def after_batch(self):
+            if self.training and self.learn.train_iter == 13: save_model(tmp_path/'m', self.learn.model, self.learn.opt)
+    run(learner(opt_func=opt_func), 3, dst(on=there), Save())
+    res = []
+    for on in (False, True):
+        learn = learner(opt_func=opt_func, seed=5)
+        run(learn, 1, dst(on=on, keep_kernels=True))
+        load_model(tmp_path/'m', learn.model, learn.opt)
+        check(learn)
+        res.append(run(learn, 1, dst(on=on, every=4), lr=.01))
+    assert close(res[0].model.state_dict(), res[1].model.state_dict(), 1e-3, 1e-5)
+
+def test_save_model_callback_loads_the_best_of_a_compressed_run(tmp_path):
+    learn = learner(path=tmp_path)
+    run(learn, 4, dst(), SaveModelCallback(with_opt=True))
+    check(learn)
+    other = mlp()
+    load_sparse_model(tmp_path/'models'/'model', other)
+    assert close(other.state_dict(), learn.model.state_dict(), 0, 0)
+
+@pytest.mark.parametrize('method', PRESETS)
+@pytest.mark.parametrize('every', [None, 3])
+def test_resume_on_the_kernels_is_bit_identical(method, every, tmp_path):
+    class Stop(Callback):
+        order = 100
+        def after_batch(self):
+            if self.training and self.learn.train_iter == 21: raise KeyboardInterrupt
+    through = run(learner(), 4, dst(method))
+    with pytest.raises(KeyboardInterrupt): run(learner(), 4, dst(method), CheckpointCallback(tmp_path/'c', every), Stop())
+    resumed = run(learner(seed=3), 4, dst(method), ResumeCallback(tmp_path/'c'))
+    assert close(through.model.state_dict(), resumed.model.state_dict(), 0, 0)
+
+# ------------------------------------------------------------------------------------------------ reliability
+
+class Raise(Callback):
+    "Raise at the nth time that an event happens."
+    def __init__(self, event, n, ex=KeyboardInterrupt, order=50):
+        self.order,self.n = order,n
+        def f():
+            self.n -= 1
+            if self.n == 0: raise ex('on purpose')
+        setattr(self, event, f)
+
+EVENTS = ['before_batch', 'after_pred', 'after_loss', 'before_backward', 'after_backward', 'before_step', 'after_step', 'after_batch', 'after_epoch', 'before_validate']
+
+@pytest.mark.parametrize('method', PRESETS)
+@pytest.mark.parametrize('ex', [KeyboardInterrupt, CancelFitException, RuntimeError])
+def test_interrupted_anywhere(method, ex, tmp_path):
+    for event in EVENTS:
+        for n in (1, 2, 4) if 'batch' in event or 'step' in event else (1,):
+            for order in (50, 98):
+                learn = learner()
+                c = counts(learn)
+                try: run(learn, 2, dst(method), Raise(event, n, ex, order))
+                except (KeyboardInterrupt, RuntimeError): pass
+                check(learn, c)
+                save_model(tmp_path/'m', learn.model, learn.opt)
+                load_sparse_model(tmp_path/'m', mlp())
+                run(learn, 1)
+                check(learn, c)
+                run(learn, 1, dst(method))
+                check(learn, c)
+
+@pytest.mark.parametrize('role', ['keep_score_f', 'grow_score_f', 'redistribute_f'])
+@pytest.mark.parametrize('ex', [KeyboardInterrupt, RuntimeError('my score')])
+def test_interrupted_in_a_users_function(role, ex):
+    def f(param, opt): raise ex
+    learn = learner()
+    c = counts(learn)
+    with pytest.raises((KeyboardInterrupt, ValueError)): run(learn, 2, dst(**{role: f}))
+    check(learn, c)
+    run(learn, 1, dst())
+    check(learn, c)
+
+def test_interrupted_in_forward_and_backward():
+    class Bomb(torch.autograd.Function):
+        at = 0
+        @staticmethod
+        def forward(ctx, x): return x.clone()
+        @staticmethod
+        def backward(ctx, g):
+            Bomb.at -= 1
+            if Bomb.at == 0: raise KeyboardInterrupt
+            return g
+    for n in range(1, 6):
+        learn = learner(lambda: nn.Sequential(*mlp()[:3], type('M', (nn.Module,), dict(forward=lambda s,x: Bomb.apply(x)))(), *mlp()[3:]))
+        Bomb.at,c = n,counts(learn)
+        with pytest.raises(KeyboardInterrupt): run(learn, 2, dst())
+        check(learn, c)
+        run(learn, 1, dst())
+        check(learn, c)
+
+def test_a_kernel_that_fails_falls_back_to_dense_with_one_warning(monkeypatch):
+    learn = run(learner(), 1, dst(keep_kernels=True))
+    expect = run(learner(), 1, dst(keep_kernels=True))
+    def broken(*a, **k): raise RuntimeError('illegal instruction')
+    x = torch.randn(5, 6, requires_grad=True)
+    want = expect.model(x)
+    monkeypatch.setattr(kernels.LinearPlan, 'forward', broken)
+    monkeypatch.setattr(kernels.LinearPlan, 'backward', broken)
+    with pytest.warns(UserWarning, match='illegal instruction') as w:
+        got = learn.model(x)
+        got.sum().backward()
+        learn.model(x).sum().backward()
+    assert torch.allclose(got, want, atol=1e-5) and len([o for o in w if 'illegal' in str(o.message)]) == 1
+
+ACTIONS = st.lists(st.one_of(
+    st.tuples(st.just('fit'), st.sampled_from(list(PRESETS)), st.sampled_from([False, True]), st.booleans()),
+    st.tuples(st.just('interrupt'), st.sampled_from(EVENTS), st.integers(1, 4)),
+    st.sampled_from([('static',), ('save',), ('load',), ('load', 'no opt'), ('freeze',), ('unfreeze',), ('batch', 5), ('batch', 16), ('eval',), ('kernels',), ('expand',), ('resparsify',)])),
+    min_size=2, max_size=7)
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(actions=ACTIONS)
+def test_any_sequence_of_actions_keeps_every_invariant(actions, tmp_path):
+    learn = learner(path=tmp_path)
+    c = counts(learn)
+    with quiet(learn): learn.save('s')
+    for a,*args in actions:
+        if a == 'fit': run(learn, 1, dst(args[0], args[1], keep_kernels=args[2]))
+        elif a == 'static': run(learn, 1)
+        elif a == 'kernels': run(learn, 1, SparseKernelsCallback(True, .5, keep_kernels=True))
+        elif a == 'interrupt':
+            try: run(learn, 1, dst(), Raise(*args))
+            except KeyboardInterrupt: pass
+        elif a == 'save': learn.save('s')
+        elif a == 'load': learn.load('s', with_opt=not args)
+        elif a in ('freeze', 'unfreeze'): learn.model[2].weight.requires_grad_(a == 'unfreeze')
+        elif a == 'batch': learn.dls = DataLoaders(DataLoader(Items(toy_items(64)), bs=args[0]), learn.dls.valid)
+        elif a == 'eval':
+            with quiet(learn): learn.get_preds()
+        elif a == 'expand' and learn.opt is not None: expand_model(learn.model, learn.opt)
+        elif a == 'resparsify' and learn.opt is not None:
+            expand_model(learn.model, learn.opt)
+            sparsify_model(learn, .85)
+        check(learn, c)
