@@ -22,7 +22,7 @@ def toy_dls(n=64, bs=8, dtype=torch.float32, items=None):
     "Without shuffling: batch `i` is the same in every epoch"
     from fastai.basics import DataLoader, DataLoaders
     items = Items(items or toy_items(n, dtype))
-    return DataLoaders(DataLoader(items, bs=bs), DataLoader(Items(items[:16]), bs=bs))
+    return DataLoaders(DataLoader(items, bs=bs), DataLoader(Items(items[:8]), bs=bs))
 
 def toy_learner(sparsity=0.7, opt_func=None, model=None, dls=None, cbs=None, path='.', lr=0.05, n=64, bs=8, dtype=torch.float32, loss_func=F.cross_entropy, **kw):
     from fastai.basics import Learner, SGD

@@ -13,6 +13,7 @@ from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
 from fastai.callback.training import GradientAccumulation, GradientClip, ShortEpochCallback
 from fastsparse import (DynamicSparseTrainingCallback as DST, EverActive, RigL_presets, SET_presets, SNFS_presets, Sparsity, add_mask_hooks, gradient_magnitude, random_score, sparse_params,
                         sparsify_model, weight_magnitude)
+from fastsparse.kernels import kernels_available
 from fastsparse.schedule import is_update_step
 from conftest import assert_sparse, counts, fit, masked, masks, quiet, same, slots, state, toy_dls, toy_items, toy_learner, toy_net
 
@@ -29,10 +30,10 @@ events = ('before_fit before_epoch before_train before_batch after_pred after_lo
 
 class Watch(Callback):
     "Looks at every event, that of validation too"
-    def __init__(self, order=200, total=None): self.order,self.total,self.seen = order,total,0
+    def __init__(self, order=200, total=None, compressed=False): self.order,self.total,self.compressed,self.seen = order,total,compressed,0
     def look(self, e):
         self.seen += 1
-        assert_sparse(self.learn.model, self.learn.opt, f'{e}, order {self.order}')
+        assert_sparse(self.learn.model, self.learn.opt, f'{e}, order {self.order}', self.compressed)
         if self.total is not None: assert sum(counts(self.learn.model).values()) == self.total
 for e in events: setattr(Watch, e, lambda self, e=e: self.look(e))
 
@@ -163,11 +164,10 @@ def test_reference_semantics(method, opt): run_beside(method, opt)
 def test_presets_are_the_papers():
     assert {k: (p['initial_drop_grow_pct'], p['stop_pct'], p.get('update_replaces_step', True)) for k,p in presets.items()} == \
         dict(RigL=(.3, .75, True), SET=(.3, 1., False), SNFS=(.5, 1., False))
-    learn = toy_learner(n=412, bs=2)
-    for m,every in (('RigL', 100), ('SET', 206), ('SNFS', 206)):
+    for m,n,steps in (('RigL', 302, [100, 200]), ('SET', 8, [8, 16]), ('SNFS', 8, [8, 16])):        # every 100 steps, and every epoch
         cb = DST(**presets[m])
-        fit(learn, 2, cbs=cb)
-        assert cb.every == every and [u['step'] for u in cb.updates] == dict(RigL=[100, 200, 300], SET=[206], SNFS=[206])[m]
+        fit(toy_learner(n=n*2, bs=2), 1 if m == 'RigL' else 3, cbs=cb)
+        assert [u['step'] for u in cb.updates] == steps
 
 # --- what an update does to a step
 
@@ -247,13 +247,12 @@ class Steps(Callback):
         self.last = now
 
 torch_dls = lambda items,bs: DataLoaders(torch.utils.data.DataLoader(items, batch_size=bs), torch.utils.data.DataLoader(items[:16], batch_size=bs))
-@pytest.mark.parametrize('loaders', [None, torch_dls], ids=['fastai', 'torch'])
+@pytest.mark.parametrize('method,loaders', [('RigL', None), ('SNFS', None), ('RigL', torch_dls)], ids=['RigL', 'SNFS', 'torch loader'])
 @pytest.mark.parametrize('n,n_acc,every', [(64, 16, 1), (64, 24, 2), (60, 16, 1), (60, 20, 2), (61, 8, 3), (58, 64, 1)])
-@pytest.mark.parametrize('method', ['RigL', 'SNFS'])
 def test_position_counts_optimizer_steps_under_accumulation(method, n, n_acc, every, loaders):
     learn,steps = toy_learner(n=n, dls=loaders and loaders(toy_items(n), 8)),Steps()
     cb = dst(method, every, initial_drop_grow_pct=.5, stop_pct=1., drop_grow_sched=lambda s,e,p: s)
-    fit(learn, 3, cbs=[cb, steps, GradientAccumulation(n_acc), *watches(learn)])
+    fit(learn, 3, cbs=[cb, steps, GradientAccumulation(n_acc)])
     assert cb.n_steps == steps.n
     assert steps.changed == [u['step'] for u in cb.updates] == [i for i in range(steps.n) if is_update_step(i, steps.n, every, 1.)]
 
@@ -323,9 +322,9 @@ def torch_loop(learn):
     opt = T.SGD(learn.model.parameters(), lr=.1, momentum=.9)
     for x,y in learn.dls.train:
         F.cross_entropy(learn.model(x), y).backward()
-        for n,p,m in masked(learn.model): assert not p.grad[~m].any()
+        for n,p,m in masked(learn.model): assert p.shape != m.shape or not p.grad[~m].any()
         opt.step(); opt.zero_grad()
-        assert_sparse(learn.model, opt)
+        assert_sparse(learn.model, opt, compressed=True)
 
 @pytest.mark.parametrize('method', [None, *presets])
 @pytest.mark.parametrize('opt', opts)
@@ -422,6 +421,30 @@ def test_interrupted_inside_a_score(method, role):
         return 1. if role == 'redistribute_f' else p.detach().abs()
     with pytest.raises(KeyboardInterrupt): fit(learn, 2, cbs=dst(method, **{role: score}))
     assert same(before, masks(learn.model))
+    assert_sparse(learn.model, learn.opt)
+
+@pytest.mark.skipif(not kernels_available(), reason='no compiled kernels here')
+@each_method
+@pytest.mark.parametrize('event', ['after_pred', 'after_backward', 'before_step', 'after_step', 'after_batch'])
+def test_interrupted_on_the_compiled_kernels(method, event, tmp_path):
+    "Whatever form the weights are left in, the model can be used, saved, copied and trained in every way."
+    def start():
+        learn = toy_learner(.9, model=toy_net(sizes=(6,64,64,3)), path=tmp_path)
+        total = sum(counts(learn.model).values())
+        with pytest.raises(KeyboardInterrupt): fit(learn, 1, cbs=[dst(method, sparse_kernels=True), At(event, raise_(KeyboardInterrupt), n=4)])
+        assert_sparse(learn.model, learn.opt, compressed=True)
+        assert sum(counts(learn.model).values()) == total
+        return learn
+    learn = start()
+    x = learn.dls.one_batch()[0]
+    want = learn.model(x)
+    learn.save('m')
+    twin = toy_learner(.9, model=toy_net(sizes=(6,64,64,3)), path=tmp_path).load('m')
+    for m in (twin.model, copy.deepcopy(learn.model)): assert torch.allclose(m(x), want, atol=1e-5)
+    assert_sparse(twin.model, twin.opt)
+    torch_loop(start())
+    fit(start(), 1, cbs=[Watch(o, compressed=True) for o in (-90, 200)])
+    learn = fit(start(), 1, cbs=[dst(method, sparse_kernels=True), *[Watch(o, compressed=True) for o in (-90, 200)]])
     assert_sparse(learn.model, learn.opt)
 
 @each_method

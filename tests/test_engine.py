@@ -160,6 +160,25 @@ def test_top_k_takes_the_best_candidates(xs, data):
     assert int(m.sum()) == k and (m <= cand).all()
     assert sorted(s[m].tolist()) == sorted(s[cand].tolist())[len(s[cand])-k:]
 
+def wide_scores():
+    n,g = 200_003,torch.Generator().manual_seed(0)
+    x = torch.randn(n, generator=g)
+    return dict(random=x, rising=torch.arange(n).float(), falling=-torch.arange(n).float(), constant=torch.zeros(n), ties=x.round(), few=(x > 4).float(), integers=(x*1e6).long(),
+                sparse=torch.where(x > 2, x, -math.inf), high=torch.where(x > 3, math.inf, x), half=x.half(), flags=(x > 1).byte(), periodic=torch.arange(n) % 7, spikes=(torch.arange(n) % 1000 == 3).float())
+
+@pytest.mark.parametrize('kind', wide_scores())
+def test_top_k_of_a_wide_layer_is_exact(kind):
+    "Large enough for any shortcut; whatever the distribution, the chosen are the best"
+    s,g = wide_scores()[kind],torch.Generator().manual_seed(1)
+    for density in (1., .5, .01, 1e-4):
+        cand = torch.rand(len(s), generator=g) < density
+        n = int(cand.sum())
+        for k in {0, min(1, n), n//1000, n//10, n*9//10, n}:
+            m = top_k_mask(s.view(1, -1), k, cand.view(1, -1)).flatten()
+            assert int(m.sum()) == k and (m <= cand).all()
+            if 0 < k < n: assert s[m].double().min() >= s[cand & ~m].double().max()
+            assert m.equal(top_k_mask(s, k, cand))
+
 @pytest.mark.parametrize('dtype', [torch.bool, torch.uint8, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float64])
 def test_scores_of_any_real_type(dtype):
     m,ps = masked_linear()
