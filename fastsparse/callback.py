@@ -141,7 +141,10 @@ def sparse_kernels_report(
     if compute is None or not compute.log: raise ValueError("no decision yet: train with `sparse_kernels='auto'` first.")
     return pd.DataFrame(list(compute.log.values())).set_index('layer')
 
-# %% ../nbs/07_callback.ipynb #678a1356
+# %% ../nbs/07_callback.ipynb #538e45eb
+def _finite(t): return all(o.isfinite() for o in t.aminmax()) if t.numel() else True
+
+# %% ../nbs/07_callback.ipynb #2b17071b
 class DynamicSparseTrainingCallback(Callback):
     "Prune and grow the connections of a sparsified model while it trains. Leave it out, and sparsity is static."
     order,run_valid = 95,False
@@ -246,7 +249,7 @@ class DynamicSparseTrainingCallback(Callback):
         if not due and not self._every_grad: return
         if due: self.kernels.set(dense=True)
         ps = [p for p in self._params() if p.param.requires_grad and p.param.grad is not None]
-        if due: self.pending = not all(p.param.grad.abs().amax().isfinite() for p in ps)
+        if due: self.pending = not all(_finite(p.param.grad) for p in ps)
         try: self._step(ps, due and not self.pending, replaced=due and self.update_replaces_step)
         finally: self.wants_dense_grad = self._every_grad
         raise CancelStepException()

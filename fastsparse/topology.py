@@ -321,13 +321,14 @@ def sparsify_model(
 # %% ../nbs/04_topology.ipynb #5432fd4d
 def _where(mask): return torch.from_numpy(np.flatnonzero(mask.numpy())) if mask.is_cpu else mask.nonzero().squeeze(1)
 
-# %% ../nbs/04_topology.ipynb #5cf6b46d
+# %% ../nbs/04_topology.ipynb #755fe8ab
 def _floor(s, candidates, k, n_sample=2**15):
     "A score that somewhat more than `k` candidates probably reach; `None` if there are too few to bother."
     step = s.numel()//n_sample | 1      # odd, so as not to fall in step with rows
     if step < 5: return None
-    sample = s[::step][candidates[::step]]
     share = k/max(1, n_true(candidates))
+    if share > 0.5: return None
+    sample = s[::step][candidates[::step]]
     j = int(1.1*share*len(sample) + 4*sqrt(share*len(sample)) + 8)
     return sample.topk(j, sorted=False).values.min() if j < len(sample) else None
 

@@ -205,7 +205,7 @@ def _move_slots(slots, f):
     "Give each slot new contents; the optimizer's references stay."
     for t in slots: t.data = f(t.data)
 
-# %% ../nbs/06a_training.ipynb #716ebb5a
+# %% ../nbs/06a_training.ipynb #0fb410f6
 @torch.no_grad()
 def compress_param(
     p:SparseParam, # A masked parameter
@@ -213,9 +213,10 @@ def compress_param(
 ):
     "Store `p`, its gradient and its optimizer slots by their nonzeros, all or nothing as far as Ctrl-C goes."
     if param_compressed(p): return
-    mask,slots = p.mask,list(opt_slots(opt, p.param).values())
+    slots = list(opt_slots(opt, p.param).values())
+    index = active_index(p.mask) if slots else None
     with hold_interrupts():
-        _move_slots(slots, lambda t: gather(t, mask))
+        _move_slots(slots, lambda t: t.reshape(-1).index_select(0, index))
         if isinstance(p.module, nn.MultiheadAttention):
             _pack_attention(p.module)
             p.module.__class__ = CompressedAttention
@@ -223,7 +224,7 @@ def compress_param(
             if isinstance(p.module, _projection): p.module.__class__ = nn.Linear
             compress(p.module)
 
-# %% ../nbs/06a_training.ipynb #08032a61
+# %% ../nbs/06a_training.ipynb #8287e164
 @torch.no_grad()
 def expand_param(
     p:SparseParam, # A masked parameter
@@ -231,14 +232,16 @@ def expand_param(
 ):
     "The reverse of `compress_param`."
     if not param_compressed(p): return
-    mask,slots = p.mask,list(opt_slots(opt, p.param).values())
+    slots,shape = list(opt_slots(opt, p.param).values()),p.mask.shape
+    index = active_index(p.mask) if slots else None
+    if p.param.grad is not None and not p.param.grad.any(): p.param.grad = None      # zeroed: backward makes a dense one for less
     with hold_interrupts():
         if isinstance(p.module, nn.MultiheadAttention):
             _unpack_attention(p.module)
             p.module.__class__ = nn.MultiheadAttention
         else: expand(p.module)
         if p.param.grad is not None: p.param.grad = p.param.grad.detach()      # fastai's `zero_grad` refuses views
-        _move_slots(slots, lambda t: scatter(t, mask))
+        _move_slots(slots, lambda t: t.new_zeros(shape.numel()).scatter_(0, index, t).view(shape))
 
 # %% ../nbs/06a_training.ipynb #77ee015d
 def _settle_attention(model):
