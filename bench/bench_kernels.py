@@ -108,19 +108,24 @@ def contenders(case, w, x, dy, peers):
 
 # Measuring
 
-def burst(run, seconds):
+def clock():
+    "One thread is timed by its own clock, which stands still while another process has the core"
+    import torch
+    return time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+
+def burst(run, seconds, now):
     "Seconds of each of the runs that fit in `seconds`, after one that warms the caches up for this contender"
     run()
-    out, end = [], time.perf_counter() + seconds
-    while not out or time.perf_counter() < end:
-        t = time.perf_counter(); run(); out.append(time.perf_counter() - t)
+    out, end = [], now() + seconds
+    while not out or now() < end:
+        t = now(); run(); out.append(now() - t)
     return out
 
 def interleaved(runs, budget, rounds=5):
     "Median seconds of each of `runs`, in bursts taken in turns for about `budget` seconds; the order turns as well"
     times, names = {n: [] for n in runs}, list(runs)
     for i in range(rounds):
-        for n in names[i % len(names):] + names[:i % len(names)]: times[n] += burst(runs[n], budget/rounds/len(runs))
+        for n in names[i % len(names):] + names[:i % len(names)]: times[n] += burst(runs[n], budget/rounds/len(runs), clock())
     return {n: statistics.median(t) for n, t in times.items()}
 
 def measure(case, sparsity, budget, peers):
@@ -168,7 +173,7 @@ def machine():
     for p in ('torch', 'numpy', 'sparseprop', 'sparselab'):
         try: vs[p] = version(p)
         except Exception: pass
-    return dict(cpu=cpu, isa=K.isa(), threads=torch.get_num_threads(), versions=vs, python=platform.python_version(),
+    return dict(cpu=cpu, isa=K.isa(), threads=torch.get_num_threads(), clock=clock().__name__, versions=vs, python=platform.python_version(),
                 dense_limits={k: os.environ[k] for k in ('ATEN_CPU_CAPABILITY', 'ONEDNN_MAX_CPU_ISA') if k in os.environ},
                 peak_gflops=gemm_peak(), date=datetime.now(timezone.utc).isoformat(timespec='seconds'))
 

@@ -27,20 +27,24 @@ def main():
     a.add_argument('--sparsity', type=float, default=0.99); a.add_argument('--epochs', type=int, default=5)
     a.add_argument('--bs', type=int, default=128); a.add_argument('--lr', type=float, default=3e-3)
     a.add_argument('--batches_per_update', type=int, default=32); a.add_argument('--seed', type=int, default=0)
-    a.add_argument('--n_train', type=int); a.add_argument('--out', default='bench/results')
+    a.add_argument('--n_train', type=int); a.add_argument('--kernels', choices=['auto','off'], default='auto')
+    a.add_argument('--out', default='bench/results')
     a = a.parse_args()
     set_seed(a.seed, reproducible=True)
     from torchvision.models import resnet34
-    model = resnet34(weights=None, num_classes=10).to(memory_format=torch.channels_last)
+    model = resnet34(weights=None, num_classes=10)
+    if a.kernels == 'off': model = model.to(memory_format=torch.channels_last)      # the faster one for dense convolutions
     learn = Learner(mnist_dls(a.path, a.bs, a.n_train), model, loss_func=CrossEntropyLossFlat(), metrics=[accuracy, Sparsity(), EverActive()])
     sparsify_model(learn, a.sparsity, sparse_f=erdos_renyi_sparsity)
     preset = methods[a.method]
-    cb = DynamicSparseTrainingCallback(**preset, batches_per_update=a.batches_per_update) if preset else None
+    kernels = 'auto' if a.kernels == 'auto' else False
+    cb = (DynamicSparseTrainingCallback(**preset, batches_per_update=a.batches_per_update, sparse_kernels=kernels) if preset
+          else SparseKernelsCallback() if kernels else None)
     t0 = time.time()
     learn.fit_one_cycle(a.epochs, a.lr, cbs=cb)
     ps = sparse_params(model)
     res = dict(bench='mnist_resnet34', settings=vars(a), accuracy=[float(v[2]) for v in learn.recorder.values],
-               valid_loss=[float(v[1]) for v in learn.recorder.values], seconds=time.time()-t0, updates=len(cb.updates) if cb else 0,
+               valid_loss=[float(v[1]) for v in learn.recorder.values], seconds=time.time()-t0, updates=len(cb.updates) if preset else 0,
                active=sum(p.n_active for p in ps), weights=sum(p.mask.numel() for p in ps),
                threads=torch.get_num_threads(), machine=platform.machine(),
                versions=dict(fastsparse=fastsparse.__version__, torch=torch.__version__, python=platform.python_version()))

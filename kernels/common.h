@@ -67,6 +67,15 @@ struct Isa {
     void (*gather)(const float* src, const uint32_t* perm, i64 n, float* dst);
     // dst[i] += src[i]
     void (*accumulate)(const float* src, i64 n, float* dst);
+    // dst[r, left + c] = src[r, c], zeros around it: rows of dst_pitch floats
+    void (*pad)(const float* src, i64 src_pitch, i64 rows, i64 cols, float* dst, i64 dst_pitch, i64 left);
+    // dst[r, c] = src[r, c]
+    void (*crop)(const float* src, i64 src_pitch, i64 rows, i64 cols, float* dst, i64 dst_pitch);
+    // dst[r, j] = src[r, first + j*step], zero outside the row: rows of dst_pitch floats
+    void (*pad_every)(const float* src, i64 src_pitch, i64 rows, i64 cols, i64 first, i64 step, float* dst, i64 dst_pitch);
+    void (*spread)(const float* src, i64 n, i64 step, float* dst);             // dst[j*step] = src[j]
+    void (*zip)(const float* a, const float* b, i64 n, float* dst);            // dst[2j] = a[j], dst[2j+1] = b[j]
+    void (*stream)(const float* src, i64 n, float* dst);                       // a copy past the caches
 
     const Kernel& find(Op op, int rows, int cols, bool unit) const;
 };
@@ -88,6 +97,7 @@ public:
     Scratch& operator=(const Scratch&) = delete;
     float* data() const { return p_; }
 private:
+    void take(i64 floats);
     float* p_; size_t bytes_;
 };
 

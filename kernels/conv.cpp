@@ -81,23 +81,35 @@ void set_direction(Gather& g, const ConvShape& s) {
     g.t_cols = ceil_div(g.out_w, g.ostep_x);
 }
 
-void set_offsets(Gather& g, const ConvShape& s) {
+// Channels in a panel: those that fit the L1 cache, or more if a row would have too few nonzeros in them.
+i64 panel_channels(const Gather& g) {
+    constexpr double few = 12;
+    const double per_channel = double(g.csr->nnz()) / std::max(1., double(g.rows) * double(g.channels));
+    const i64 fits = std::max<i64>(1, g.planes ? planes_panel(g) : batch_panel(g));
+    return std::min(std::max<i64>(1, g.channels), std::max(fits, i64(std::min(few / std::max(per_channel, 1e-9), 1e9))));
+}
+
+void set_phases(Gather& g, const ConvShape& s) {
     std::vector<i64> tap(g.taps);
     for (i64 t = 0; t < g.taps; ++t) tap[t] = g.planes ? planes_offset(g, g.dy[t], g.dx[t]) : batch_offset(g, g.dy[t], g.dx[t]);
     constexpr i64 most = std::numeric_limits<i32>::max();
     if (g.plane > most / g.width || g.plane > most / std::max<i64>(1, g.channels))
         throw std::overflow_error("an image row of all channels does not fit 32-bit offsets");
     g.used.assign(size_t(g.channels), 0);
-    g.segs = row_segs(*g.csr);
-    g.off.resize(g.csr->idx.size());
-    const i64 ocg = s.oc / s.groups;
-    for (i64 r = 0; r < g.csr->rows; ++r) {
-        const i64 base = g.backward ? 0 : r / ocg * s.icg;
-        for (i64 k = g.csr->indptr[r]; k < g.csr->indptr[r + 1]; ++k) {
-            const i64 c = base + g.csr->idx[k] / g.taps;
-            g.used[c] = 1;
-            g.off[k] = i32(c * g.plane + tap[g.csr->idx[k] % g.taps]);
+    const i64 ocg = s.oc / s.groups, width = panel_channels(g) * g.taps;
+    for (i64 p = 0; p < g.phases(); ++p) {
+        Phase ph{Panels(*g.csr, p * g.rows, (p + 1) * g.rows, g.row_chunk(), width, g.backward), {}};
+        const auto& idx = g.backward ? ph.panels.idx : g.csr->idx;
+        ph.off.resize(idx.size());
+        for (const Seg& seg : ph.panels.segs) {
+            const i64 base = g.backward ? 0 : seg.row / ocg * s.icg;
+            for (i64 k = seg.start; k < i64(seg.start) + seg.n; ++k) {
+                const i64 c = base + idx[k] / g.taps;
+                g.used[c] = 1;
+                ph.off[k] = i32(c * g.plane + tap[idx[k] % g.taps]);
+            }
         }
+        g.phase.push_back(std::move(ph));
     }
 }
 
@@ -108,9 +120,13 @@ Conv2dPlan::Conv2dPlan(const i64* indptr, i64 n_indptr, const i32* idx, i64 nnz,
 
 Conv2dPlan::~Conv2dPlan() = default;
 
-bool Conv2dPlan::planes(i64 n, i64, i64) const {
+// Measured: planes win, except on images so small that much of a plane is margin, if there are images for all lanes and
+// nonzeros enough to pay for the transposition.
+bool Conv2dPlan::planes(i64 n, i64 h, i64 w) const {
     if (layout_ != Layout::automatic) return layout_ == Layout::planes;
-    return n < current_isa().width / 2;
+    const double density = double(nnz()) / std::max(1., double(w_.rows) * double(w_.cols));
+    const bool full = n >= current_isa().width, small = s_.out_h(h) * s_.out_w(w) <= 64;
+    return !(full && small && s_.taps() > 1 && density > .03);
 }
 
 std::shared_ptr<const Gather> Conv2dPlan::gather(bool backward, i64 h, i64 w, int width, bool planes) const {
@@ -122,7 +138,7 @@ std::shared_ptr<const Gather> Conv2dPlan::gather(bool backward, i64 h, i64 w, in
     g->csr = backward ? &wt_ : &w_;
     set_direction(*g, s_);
     if (planes) set_planes_block(*g); else set_batch_block(*g);
-    set_offsets(*g, s_);
+    set_phases(*g, s_);
     if (cache_.size() >= 8) cache_.erase(cache_.begin());
     cache_.push_back(g);
     return g;
@@ -138,10 +154,8 @@ void Conv2dPlan::forward(const float* x, i64 n, i64 h, i64 w, const float* value
 void Conv2dPlan::backward_input(const float* dy, i64 n, i64 h, i64 w, const float* values, float* dx, int threads) const {
     const Isa& isa = current_isa();
     if (!n || !s_.ic() || !h || !w) return;
-    Scratch vt(nnz());
-    isa.gather(values, wt_.perm.data(), nnz(), vt.data());
     const auto g = gather(true, h, w, isa.width, planes(n, h, w));
-    (g->planes ? gather_planes : gather_batch)(isa, *g, dy, n, vt.data(), nullptr, dx, threads);
+    (g->planes ? gather_planes : gather_batch)(isa, *g, dy, n, values, nullptr, dx, threads);
 }
 
 void Conv2dPlan::backward_weight(const float* x, const float* dy, i64 n, i64 h, i64 w, float* dvalues, int threads) const {

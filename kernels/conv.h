@@ -4,6 +4,13 @@
 
 namespace fastsparse {
 
+// The rows of one phase, a chunk of channels and a panel of them at a time.
+struct Phase {
+    Panels panels;
+    std::vector<i32> off;              // per entry, in pixels or floats of the packed block
+    const uint32_t* perm() const { return panels.perm.empty() ? nullptr : panels.perm.data(); }
+};
+
 // One direction for one image size: out[row, p] = sum over nonzeros val * in[channel, p*step + d].
 // Output row = ostep*t + phase, input row = istep*t + d(tap); columns alike.
 struct Gather {
@@ -19,12 +26,13 @@ struct Gather {
     i64 t_rows, t_cols, block;         // rows and columns t in all, rows in one block
     i64 ph, pw;                        // rows and columns of the packed block
     i64 plane;                         // from channel to channel: in pixels (batch) or floats (planes)
-    std::vector<Seg> segs;             // one per row
-    std::vector<i32> off;              // per entry, in pixels or floats of the packed block
+    bool direct;                       // planes: the image itself serves as the packed block
+    std::vector<Phase> phase;
     std::vector<i32> pixel;            // batch: where a pixel of the block's rows goes, in floats
     std::vector<char> used;            // channels with a nonzero
     i64 phases() const { return ostep_y * ostep_x; }
     i64 steps() const { return istep_y * istep_x; }
+    i64 row_chunk() const { return rows < 64 ? rows : 64; }
     i64 blocks() const { return ceil_div(t_rows, block); }
 };
 
@@ -33,6 +41,8 @@ struct Task { i64 n0, images, t0, t_rows; };
 
 void set_batch_block(Gather& g);
 void set_planes_block(Gather& g);
+i64 batch_panel(const Gather& g);      // channels whose part of a tile fits the L1 cache
+i64 planes_panel(const Gather& g);
 i64 batch_offset(const Gather& g, i64 dy, i64 dx);
 i64 planes_offset(const Gather& g, i64 dy, i64 dx);
 

@@ -8,7 +8,7 @@
 namespace fastsparse {
 namespace {
 
-constexpr i64 row_chunk = 64, l2_floats = 256 * 1024;
+constexpr i64 l1_floats = 10 * 1024, l2_floats = 256 * 1024;
 
 // Zeros where the block reaches beyond the image: whole rows above and below, margins left and right.
 void clear_margins(const Gather& g, float* plane, i64 top, i64 bottom) {
@@ -69,28 +69,32 @@ Task task_of(const Gather& g, i64 task, i64 n) {
     return {n0, std::min<i64>(g.width, n - n0), t0, std::min(g.block, g.t_rows - t0)};
 }
 
-// All tiles of one phase of the block, for rows r0..r1.
-void run_phase(const Isa& isa, const Gather& g, const Task& k, i64 phase, i64 r0, i64 r1, const float* block,
-               const float* values, const float* bias, float* y, i64 ypitch) {
-    const i64 py = phase / g.ostep_x, px = phase % g.ostep_x, base = phase * g.rows;
-    const i64 rows = std::min(k.t_rows, ceil_div(g.out_h - g.ostep_y * k.t0 - py, g.ostep_y));
-    const i64 cols = ceil_div(g.out_w - px, g.ostep_x), W = g.width;
+// All tiles of one phase of the block, for the c-th chunk of rows.
+void run_phase(const Isa& isa, const Gather& g, const Task& k, i64 phase, i64 c, const float* block, const float* values,
+               const float* bias, float* y, i64 ypitch) {
+    const i64 py = phase / g.ostep_x, px = phase % g.ostep_x, W = g.width;
+    const i64 rows = std::min(k.t_rows, ceil_div(g.out_h - g.ostep_y * k.t0 - py, g.ostep_y)), cols = ceil_div(g.out_w - px, g.ostep_x);
     if (rows <= 0 || cols <= 0) return;
-    for (const TilePos& p : tiles_of(rows, cols, isa.max_spmm)) {
-        SpmmArgs a{block + (g.istep_y * p.t * g.pw + g.istep_x * p.x) * W, W, g.istep_y * g.pw * W, g.istep_x * W,
-                   g.off.data(), values, g.segs.data() + base + r0, r1 - r0,
-                   y + ((p.t * g.ostep_y + py) * g.out_w + p.x * g.ostep_x + px) * W - (base + r0) * ypitch,
-                   ypitch, g.ostep_y * g.out_w * W, g.ostep_x * W, bias, true};
-        isa.find(op_spmm, p.rows, p.cols, g.istep_x == 1).spmm(a);
+    const Phase& ph = g.phase[phase];
+    const Panels& ps = ph.panels;
+    for (const TilePos& t : tiles_of(rows, cols, isa.max_spmm)) {
+        const SpmmFn run = isa.find(op_spmm, t.rows, t.cols, g.istep_x == 1).spmm;
+        float* to = y + ((t.t * g.ostep_y + py) * g.out_w + t.x * g.ostep_x + px) * W - (ps.row0 + c * ps.chunk) * ypitch;
+        for (i64 p = 0; p < ps.n_panels; ++p)
+            run({block + (g.istep_y * t.t * g.pw + g.istep_x * t.x) * W, W, g.istep_y * g.pw * W, g.istep_x * W, ph.off.data(), values,
+                 ps.begin(c, p), ps.count(c, p), to, ypitch, g.ostep_y * g.out_w * W, g.ostep_x * W, bias, p == 0, ph.perm()});
     }
 }
 
 void sample_block(const Isa& isa, const Gather& g, const Task& k, const float* block, const float* dy, float* dv, bool& add) {
     const i64 W = g.width, ypitch = g.block * g.out_w * W;
-    for (const TilePos& p : tiles_of(k.t_rows, g.out_w, isa.max_sddmm)) {
-        SddmmArgs a{block + (g.istep_y * p.t * g.pw + g.istep_x * p.x) * W, W, g.istep_y * g.pw * W, g.istep_x * W,
-                    g.off.data(), g.segs.data(), g.rows, dy + (p.t * g.out_w + p.x) * W, ypitch, g.out_w * W, W, dv, add};
-        isa.find(op_sddmm, p.rows, p.cols, g.istep_x == 1).sddmm(a);
+    const Phase& ph = g.phase[0];
+    for (const TilePos& t : tiles_of(k.t_rows, g.out_w, isa.max_sddmm)) {
+        const SddmmFn run = isa.find(op_sddmm, t.rows, t.cols, g.istep_x == 1).sddmm;
+        for (i64 c = 0; c < ph.panels.n_chunks; ++c)
+            for (i64 p = 0; p < ph.panels.n_panels; ++p)
+                run({block + (g.istep_y * t.t * g.pw + g.istep_x * t.x) * W, W, g.istep_y * g.pw * W, g.istep_x * W, ph.off.data(),
+                     ph.panels.begin(c, p), ph.panels.count(c, p), dy + (t.t * g.out_w + t.x) * W, ypitch, g.out_w * W, W, dv, add});
         add = true;
     }
 }
@@ -108,10 +112,12 @@ void set_batch_block(Gather& g) {
         for (i64 x = 0; x < g.in_w; ++x) g.pixel.push_back(i32((y * g.pw + x - g.dx_min) * g.width));
 }
 
+i64 batch_panel(const Gather& g) { return l1_floats / ((g.dy_max - g.dy_min + 1) * (14 * g.istep_x + g.dx_max - g.dx_min) * g.width); }
+
 i64 batch_offset(const Gather& g, i64 dy, i64 dx) { return (dy - g.dy_min) * g.pw + dx - g.dx_min; }
 
 void gather_batch(const Isa& isa, const Gather& g, const float* in, i64 n, const float* values, const float* bias, float* out, int threads) {
-    const i64 W = g.width, chunk = std::min(row_chunk, g.rows), ypitch = g.block * g.ostep_y * g.out_w * W;
+    const i64 W = g.width, chunk = g.row_chunk(), ypitch = g.block * g.ostep_y * g.out_w * W;
     const i64 packed = round_up(g.channels * g.plane * W, 1024), scratch = packed + chunk * ypitch;
     Scratch space(scratch * threads);
     parallel_for(ceil_div(n, W) * g.blocks(), threads, [&](i64 task, int slot) {
@@ -121,7 +127,7 @@ void gather_batch(const Isa& isa, const Gather& g, const float* in, i64 n, const
         const i64 o0 = k.t0 * g.ostep_y, pixels = std::min(k.t_rows * g.ostep_y, g.out_h - o0) * g.out_w, plane = g.out_h * g.out_w;
         for (i64 r0 = 0; r0 < g.rows; r0 += chunk) {
             const i64 r1 = std::min(g.rows, r0 + chunk);
-            for (i64 p = 0; p < g.phases(); ++p) run_phase(isa, g, k, p, r0, r1, block, values, bias, y, ypitch);
+            for (i64 p = 0; p < g.phases(); ++p) run_phase(isa, g, k, p, r0 / chunk, block, values, bias, y, ypitch);
             for (i64 r = r0; r < r1; ++r)
                 isa.unpack(y + (r - r0) * ypitch, W, pixels, k.images, out + (k.n0 * g.rows + r) * plane + o0 * g.out_w, g.rows * plane);
         }

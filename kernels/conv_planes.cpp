@@ -7,43 +7,35 @@
 namespace fastsparse {
 namespace {
 
-constexpr i64 row_chunk = 32, l2_floats = 256 * 1024;
+constexpr i64 l1_floats = 9 * 1024, l2_floats = 256 * 1024;
 
 // Pixels from the first to the last of n rows, in the pitch of the packed block.
 i64 flat(const Gather& g, i64 rows, i64 cols) { return (rows - 1) * g.pw + cols; }
 
-// One row of the image with its margins: dst[j] = src[first + j*step], 0 outside.
-void copy_row(const float* src, i64 n, i64 first, i64 step, float* dst, i64 m) {
-    const i64 lo = std::clamp<i64>(first < 0 ? ceil_div(-first, step) : 0, 0, m);
-    const i64 hi = std::clamp<i64>(first >= n ? 0 : ceil_div(n - first, step), lo, m);
-    std::fill(dst, dst + lo, 0.f);
-    if (step == 1) std::memcpy(dst + lo, src + first + lo, size_t(hi - lo) * sizeof(float));
-    else for (i64 j = lo; j < hi; ++j) dst[j] = src[first + j * step];
-    std::fill(dst + hi, dst + m, 0.f);
-}
-
-// in[channel, y, x] -> block[channel, phase, row, column], for the rows that outputs t0.. need.
-void pack_block(const Gather& g, const float* in, i64 t0, float* block) {
-    for (i64 c = 0; c < g.channels; ++c) {
-        if (!g.used[c]) continue;
-        const float* src = in + c * g.in_h * g.in_w;
-        float* dst = block + c * g.plane;
-        for (i64 py = 0; py < g.istep_y; ++py)
-            for (i64 px = 0; px < g.istep_x; ++px) {
-                for (i64 r = 0; r < g.ph; ++r, dst += g.pw) {
-                    const i64 y = g.istep_y * (t0 + r) + g.dy_min + py;
-                    if (y < 0 || y >= g.in_h) std::fill(dst, dst + g.pw, 0.f);
-                    else copy_row(src + y * g.in_w, g.in_w, g.dx_min + px, g.istep_x, dst, g.pw);
-                }
-                std::fill(dst, dst + g.width, 0.f);
-                dst += g.width;
-            }
+void pack_strided(const Isa& isa, const Gather& g, const float* src, i64 t0, float* dst) {
+    for (i64 p = 0; p < g.steps(); ++p, dst += g.ph * g.pw + g.width) {
+        // Input row of packed row r: step*r + y0.
+        const i64 y0 = g.istep_y * t0 + g.dy_min + p / g.istep_x, first = g.dx_min + p % g.istep_x;
+        const i64 lo = std::clamp<i64>(y0 < 0 ? ceil_div(-y0, g.istep_y) : 0, 0, g.ph);
+        const i64 hi = std::clamp<i64>(y0 >= g.in_h ? 0 : ceil_div(g.in_h - y0, g.istep_y), lo, g.ph);
+        std::fill(dst, dst + lo * g.pw, 0.f);
+        isa.pad_every(src + (y0 + g.istep_y * lo) * g.in_w, g.istep_y * g.in_w, hi - lo, g.in_w, first, g.istep_x, dst + lo * g.pw, g.pw);
+        std::fill(dst + hi * g.pw, dst + g.ph * g.pw + g.width, 0.f);
     }
 }
 
-// A block of a 1x1 kernel is in the image already.
-bool in_place(const Gather& g, const Task& k) {
-    return g.taps == 1 && g.steps() == 1 && g.dy[0] == 0 && g.dx[0] == 0 && g.out_w == g.in_w && g.out_h == g.in_h && k.t_rows * g.out_w % g.width == 0;
+void pack_plain(const Isa& isa, const Gather& g, const float* src, i64 t0, float* dst) {
+    const i64 first = t0 + g.dy_min, lo = std::clamp<i64>(first, 0, g.in_h), hi = std::clamp<i64>(first + g.ph, lo, g.in_h);
+    const i64 top = std::clamp<i64>(lo - first, 0, g.ph), bottom = top + hi - lo;
+    std::fill(dst, dst + top * g.pw, 0.f);
+    if (hi > lo) isa.pad(src + lo * g.in_w, g.in_w, hi - lo, std::min(g.in_w, g.pw + g.dx_min), dst + top * g.pw, g.pw, -g.dx_min);
+    std::fill(dst + bottom * g.pw, dst + g.plane, 0.f);
+}
+
+// in[channel, y, x] -> block[channel, phase, row, column], for the rows that outputs t0.. need.
+void pack_block(const Isa& isa, const Gather& g, const float* in, i64 t0, float* block) {
+    for (i64 c = 0; c < g.channels; ++c)
+        if (g.used[c]) (g.steps() == 1 && g.pw + g.dx_min > 0 ? pack_plain : pack_strided)(isa, g, in + c * g.in_h * g.in_w, t0, block + c * g.plane);
 }
 
 Task task_of(const Gather& g, i64 task) {
@@ -63,78 +55,131 @@ template <class F> void each_tile(i64 n, int most, F&& f) {
     }
 }
 
-// out[row, y, x] = y[row, t, x] for one phase.
-void copy_out(const Gather& g, const float* y, i64 t0, i64 rows, i64 py, i64 px, i64 cols, float* out) {
-    for (i64 t = 0; t < rows; ++t) {
-        const float* src = y + t * g.pw;
-        float* dst = out + ((t0 + t) * g.ostep_y + py) * g.out_w + px;
-        if (g.ostep_x == 1) std::memcpy(dst, src, size_t(cols) * sizeof(float));
-        else for (i64 x = 0; x < cols; ++x) dst[x * g.ostep_x] = src[x];
+// The results of a chunk of rows for one row phase: y[column phase, row, position], position in the block's pitch.
+struct Result {
+    const Isa& isa; const Gather& g;
+    float* y; i64 ypitch;              // from row to row
+    float* line;                       // room for a plane
+    bool far;                          // too large for the caches
+
+    // out[t*ostep + py, x*ostep + px] = y[px, row, t, x]
+    void copy(i64 row, i64 t0, i64 rows, i64 py, i64 chunk, float* out) const {
+        const float* src = y + row * ypitch;
+        float* dst = out + (t0 * g.ostep_y + py) * g.out_w;
+        if (g.ostep_x > 1) return merge(src, rows, chunk, dst);
+        if (!far || g.ostep_y > 1) return isa.crop(src, g.pw, rows, g.out_w, dst, g.ostep_y * g.out_w);
+        if (g.pw != g.out_w) { isa.crop(src, g.pw, rows, g.out_w, line, g.out_w); src = line; }
+        isa.stream(src, rows * g.out_w, dst);
+    }
+
+    void merge(const float* src, i64 rows, i64 chunk, float* dst) const {
+        const i64 next = chunk * ypitch;
+        for (i64 t = 0; t < rows; ++t, src += g.pw, dst += g.ostep_y * g.out_w) {
+            i64 px = 0;
+            if (g.ostep_x == 2) {
+                isa.zip(src, src + next, g.out_w / 2, dst);
+                if (g.out_w % 2) dst[g.out_w - 1] = src[g.out_w / 2];
+            } else
+                for (; px < g.ostep_x; ++px) isa.spread(src + px * next, ceil_div(g.out_w - px, g.ostep_x), g.ostep_x, dst + px);
+        }
+    }
+};
+
+// The c-th chunk of rows of one phase of a block.
+void run_phase(const Isa& isa, const Gather& g, i64 phase, i64 c, i64 rows, const float* block, const float* values,
+               const float* bias, float* y, i64 ypitch) {
+    const i64 cols = ceil_div(g.out_w - phase % g.ostep_x, g.ostep_x), W = g.width;
+    if (cols <= 0) return;
+    const Phase& ph = g.phase[phase];
+    const Panels& ps = ph.panels;
+    y -= (ps.row0 + c * ps.chunk) * ypitch;
+    each_tile(ceil_div(flat(g, rows, cols), W), isa.max_spmm, [&](i64 v, int n) {
+        const SpmmFn run = isa.find(op_spmm, 1, n, true).spmm;
+        for (i64 p = 0; p < ps.n_panels; ++p)
+            run({block + v * W, 1, 0, W, ph.off.data(), values, ps.begin(c, p), ps.count(c, p), y + v * W, ypitch, 0, W, bias, p == 0, ph.perm()});
+    });
+}
+
+void run_chunk(const Isa& isa, const Gather& g, const Task& k, i64 c, const float* block, const float* values, const float* bias,
+               const Result& to, float* out) {
+    const i64 chunk = g.row_chunk(), r0 = c * chunk, r1 = std::min(g.rows, r0 + chunk), plane = g.out_h * g.out_w;
+    for (i64 py = 0; py < g.ostep_y; ++py) {
+        const i64 rows = std::min(k.t_rows, ceil_div(g.out_h - g.ostep_y * k.t0 - py, g.ostep_y));
+        if (rows <= 0) continue;
+        for (i64 px = 0; px < g.ostep_x; ++px)
+            run_phase(isa, g, py * g.ostep_x + px, c, rows, block, values, bias, to.y + px * chunk * to.ypitch, to.ypitch);
+        for (i64 r = r0; r < r1; ++r) to.copy(r - r0, k.t0, rows, py, chunk, out + r * plane);
     }
 }
 
-// Rows r0..r1 of one phase of a block.
-void run_phase(const Isa& isa, const Gather& g, const Task& k, i64 phase, i64 r0, i64 r1, const float* block, const i32* off,
-               const float* values, const float* bias, float* y, i64 ypitch, float* out) {
-    const i64 py = phase / g.ostep_x, px = phase % g.ostep_x, base = phase * g.rows;
-    const i64 rows = std::min(k.t_rows, ceil_div(g.out_h - g.ostep_y * k.t0 - py, g.ostep_y)), cols = ceil_div(g.out_w - px, g.ostep_x);
-    if (rows <= 0 || cols <= 0) return;
-    const i64 W = g.width;
-    each_tile(ceil_div(flat(g, rows, cols), W), isa.max_spmm, [&](i64 v, int n) {
-        isa.find(op_spmm, 1, n, true).spmm({block + v * W, 1, 0, W, off, values, g.segs.data() + base + r0, r1 - r0,
-                                           y + v * W - (base + r0) * ypitch, ypitch, 0, W, bias, true});
-    });
-    for (i64 r = r0; r < r1; ++r) copy_out(g, y + (r - r0) * ypitch, k.t0, rows, py, px, cols, out + r * g.out_h * g.out_w);
-}
+i64 gcd(i64 a, i64 b) { return b ? gcd(b, a % b) : a; }
 
 }  // namespace
 
+// As many output rows at a time as keep the packed block within the L2 cache. A 1x1 kernel needs no packing if blocks are whole vectors.
 void set_planes_block(Gather& g) {
-    const i64 span_y = g.dy_max - g.dy_min, span_x = g.dx_max - g.dx_min;
+    const i64 span_y = g.dy_max - g.dy_min, span_x = g.dx_max - g.dx_min, whole = g.width / gcd(g.width, std::max<i64>(1, g.out_w));
     g.pw = g.t_cols + span_x / g.istep_x;
     const i64 row = std::max<i64>(1, g.channels * g.pw * g.steps());
     g.block = std::clamp<i64>(l2_floats / row - span_y / g.istep_y, 1, std::max<i64>(1, g.t_rows));
+    g.direct = g.taps == 1 && g.steps() == 1 && g.phases() == 1 && !g.dy[0] && !g.dx[0] && !span_x && g.out_w == g.in_w && g.out_h == g.in_h && g.t_rows % whole == 0;
+    if (g.direct) g.block = std::max(whole, g.block / whole * whole);
     g.ph = g.block + span_y / g.istep_y;
-    g.plane = (g.ph * g.pw + g.width) * g.steps();
+    g.plane = g.direct ? g.in_h * g.in_w : (g.ph * g.pw + g.width) * g.steps();
 }
 
+i64 planes_panel(const Gather& g) { return l1_floats / (14 * g.width + (g.dy_max - g.dy_min) / g.istep_y * g.pw + g.width) / g.steps(); }
+
 i64 planes_offset(const Gather& g, i64 dy, i64 dx) {
+    if (g.direct) return 0;
     const i64 y = dy - g.dy_min, x = dx - g.dx_min;
     return (y % g.istep_y * g.istep_x + x % g.istep_x) * (g.ph * g.pw + g.width) + y / g.istep_y * g.pw + x / g.istep_x;
 }
 
 void gather_planes(const Isa& isa, const Gather& g, const float* in, i64 n, const float* values, const float* bias, float* out, int threads) {
-    const i64 chunk = std::min(row_chunk, g.rows), ypitch = round_up(flat(g, g.block, g.t_cols), g.width) + g.width;
-    const i64 packed = round_up(g.channels * g.plane, 1024), scratch = packed + chunk * ypitch;
+    constexpr i64 far = 2 * 1024 * 1024;  // floats
+    const i64 packed = g.direct ? 0 : round_up(g.channels * g.plane, 1024), ypitch = round_up(flat(g, g.block, g.t_cols), g.width);
+    const i64 results = g.row_chunk() * g.ostep_x * ypitch, scratch = packed + results + round_up(g.block * g.out_w, 16);
+    const bool lines = g.out_h * g.out_w % 16 == 0 && reinterpret_cast<uintptr_t>(out) % 64 == 0;  // planes are whole cache lines
+    const bool is_far = lines && n * g.rows * g.out_h * g.out_w > far;
     Scratch space(scratch * threads);
     parallel_for(n * g.blocks(), threads, [&](i64 task, int slot) {
         const Task k = task_of(g, task);
         const float* image = in + k.n0 * g.channels * g.in_h * g.in_w;
-        float* block = space.data() + slot * scratch;
-        pack_block(g, image, k.t0, block);
-        for (i64 r0 = 0; r0 < g.rows; r0 += chunk)
-            for (i64 p = 0; p < g.phases(); ++p)
-                run_phase(isa, g, k, p, r0, std::min(g.rows, r0 + chunk), block, g.off.data(), values, bias, block + packed, ypitch,
-                          out + k.n0 * g.rows * g.out_h * g.out_w);
+        float* own = space.data() + slot * scratch;
+        if (!g.direct) pack_block(isa, g, image, k.t0, own);
+        const Result to{isa, g, own + packed, ypitch, own + packed + results, is_far};
+        for (i64 c = 0; c < g.phase[0].panels.n_chunks; ++c)
+            run_chunk(isa, g, k, c, g.direct ? image + k.t0 * g.in_w : own, values, bias, to, out + k.n0 * g.rows * g.out_h * g.out_w);
     });
 }
 
+// The gradient's rows in the block's pitch, with zeros wherever the products must not count.
+void pack_gradient(const Isa& isa, const Gather& g, const Task& k, const float* dy, float* dst, i64 ypitch) {
+    const i64 plane = g.out_h * g.out_w;
+    for (i64 r = 0; r < g.rows; ++r, dst += ypitch) {
+        isa.pad(dy + (k.n0 * g.rows + r) * plane + k.t0 * g.out_w, g.out_w, k.t_rows, g.out_w, dst, g.pw, 0);
+        std::fill(dst + k.t_rows * g.pw, dst + ypitch, 0.f);
+    }
+}
+
 void sample_planes(const Isa& isa, const Gather& g, const float* x, const float* dy, i64 n, float* dvalues, int threads) {
-    const i64 W = g.width, ypitch = round_up(g.block * g.pw, W), packed = round_up(g.channels * g.plane, 1024), scratch = packed + g.rows * ypitch;
+    const i64 W = g.width, plane = g.out_h * g.out_w, own_pitch = round_up(g.block * g.pw, W), ypitch = g.direct ? plane : own_pitch;
+    const i64 packed = g.direct ? 0 : round_up(g.channels * g.plane, 1024), scratch = packed + (g.direct ? 0 : g.rows * own_pitch);
+    const Phase& ph = g.phase[0];
     Scratch space(scratch * threads);
     sum_in_parts(isa, n * g.blocks(), g.csr->nnz(), dvalues, threads, [&](i64 task, i64 end, int slot, float* dv) {
-        float *block = space.data() + slot * scratch, *dyp = block + packed;
+        float* own = space.data() + slot * scratch;
         for (bool add = false; task < end; ++task) {
             const Task k = task_of(g, task);
-            pack_block(g, x + k.n0 * g.channels * g.in_h * g.in_w, k.t0, block);
-            for (i64 r = 0; r < g.rows; ++r) {
-                float* dst = dyp + r * ypitch;
-                const float* src = dy + ((k.n0 * g.rows + r) * g.out_h + k.t0) * g.out_w;
-                for (i64 t = 0; t < k.t_rows; ++t) copy_row(src + t * g.out_w, g.out_w, 0, 1, dst + t * g.pw, g.pw);
-                std::fill(dst + k.t_rows * g.pw, dst + ypitch, 0.f);
-            }
+            const float *image = x + k.n0 * g.channels * g.in_h * g.in_w, *block = own, *grad = own + packed;
+            if (g.direct) { block = image + k.t0 * g.in_w; grad = dy + k.n0 * g.rows * plane + k.t0 * g.out_w; }
+            else { pack_block(isa, g, image, k.t0, own); pack_gradient(isa, g, k, dy, own + packed, ypitch); }
             each_tile(ceil_div(flat(g, k.t_rows, g.out_w), W), isa.max_sddmm, [&](i64 v, int m) {
-                isa.find(op_sddmm, 1, m, true).sddmm({block + v * W, 1, 0, W, g.off.data(), g.segs.data(), g.rows, dyp + v * W, ypitch, 0, W, dv, add});
+                const SddmmFn run = isa.find(op_sddmm, 1, m, true).sddmm;
+                for (i64 c = 0; c < ph.panels.n_chunks; ++c)
+                    for (i64 p = 0; p < ph.panels.n_panels; ++p)
+                        run({block + v * W, 1, 0, W, ph.off.data(), ph.panels.begin(c, p), ph.panels.count(c, p), grad + v * W, ypitch, 0, W, dv, add});
                 add = true;
             });
         }

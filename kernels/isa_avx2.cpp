@@ -22,10 +22,19 @@ struct V {
     static V set1(float a) { return {_mm256_set1_ps(a)}; }
     static V load(const float* p) { return {_mm256_loadu_ps(p)}; }
     static V gather(const float* p, const i32* i) { return {_mm256_i32gather_ps(p, _mm256_loadu_si256((const __m256i*)i), 4)}; }
+    static __m256i first(i64 n) { return _mm256_cmpgt_epi32(_mm256_set1_epi32(int(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)); }
+    static V load_first(const float* p, i64 n) { return {_mm256_maskload_ps(p, first(n))}; }
+    static void store_first(float* p, V a, i64 n) { _mm256_maskstore_ps(p, first(n), a.v); }
     static void store(float* p, V a) { _mm256_storeu_ps(p, a.v); }
     static V add(V a, V b) { return {_mm256_add_ps(a.v, b.v)}; }
     static V mul(V a, V b) { return {_mm256_mul_ps(a.v, b.v)}; }
     static V fma(V a, V b, V c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+    static void stream(float* p, V a) { _mm256_stream_ps(p, a.v); }
+    static V even(V a, V b) {
+        const __m256d s = _mm256_castps_pd(_mm256_shuffle_ps(a.v, b.v, 0x88));
+        return {_mm256_castpd_ps(_mm256_permute4x64_pd(s, 0xd8))};
+    }
+    static void fence() { _mm_sfence(); }
     static __m256 pair(__m256 a, __m256 b) { return _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b)); }
     static __m256 quad(const float* b) {
         const __m256d p = _mm256_castps_pd(pair(_mm256_load_ps(b), _mm256_load_ps(b + 8)));

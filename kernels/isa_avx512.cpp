@@ -25,10 +25,19 @@ struct V {
     static V set1(float a) { return {_mm512_set1_ps(a)}; }
     static V load(const float* p) { return {_mm512_loadu_ps(p)}; }
     static V gather(const float* p, const i32* i) { return {_mm512_i32gather_ps(_mm512_loadu_si512(i), p, 4)}; }
+    static __mmask16 first(i64 n) { return __mmask16((1u << n) - 1); }
+    static V load_first(const float* p, i64 n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }
+    static void store_first(float* p, V a, i64 n) { _mm512_mask_storeu_ps(p, first(n), a.v); }
     static void store(float* p, V a) { _mm512_storeu_ps(p, a.v); }
     static V add(V a, V b) { return {_mm512_add_ps(a.v, b.v)}; }
     static V mul(V a, V b) { return {_mm512_mul_ps(a.v, b.v)}; }
     static V fma(V a, V b, V c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+    static void stream(float* p, V a) { _mm512_stream_ps(p, a.v); }
+    static V even(V a, V b) {
+        const __m512i i = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+        return {_mm512_permutex2var_ps(a.v, i, b.v)};
+    }
+    static void fence() { _mm_sfence(); }
     static __m512 pair(__m512 a, __m512 b) { return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)); }
     static __m512 quad(const float* b) {
         const __m512d p = _mm512_castps_pd(pair(_mm512_load_ps(b), _mm512_load_ps(b + 16)));

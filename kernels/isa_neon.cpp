@@ -18,10 +18,23 @@ struct V {
         const float t[4] = {p[i[0]], p[i[1]], p[i[2]], p[i[3]]};
         return {vld1q_f32(t)};
     }
+    static V load_first(const float* p, i64 n) {
+        float t[4] = {0.f, 0.f, 0.f, 0.f};
+        for (i64 i = 0; i < n; ++i) t[i] = p[i];
+        return {vld1q_f32(t)};
+    }
+    static void store_first(float* p, V a, i64 n) {
+        float t[4];
+        vst1q_f32(t, a.v);
+        for (i64 i = 0; i < n; ++i) p[i] = t[i];
+    }
     static void store(float* p, V a) { vst1q_f32(p, a.v); }
     static V add(V a, V b) { return {vaddq_f32(a.v, b.v)}; }
     static V mul(V a, V b) { return {vmulq_f32(a.v, b.v)}; }
     static V fma(V a, V b, V c) { return {vfmaq_f32(c.v, a.v, b.v)}; }
+    static void stream(float* p, V a) { vst1q_f32(p, a.v); }
+    static V even(V a, V b) { return {vuzp1q_f32(a.v, b.v)}; }
+    static void fence() {}
     static V reduce(const float* b) {
         return {vpaddq_f32(vpaddq_f32(vld1q_f32(b), vld1q_f32(b + 4)), vpaddq_f32(vld1q_f32(b + 8), vld1q_f32(b + 12)))};
     }

@@ -13,10 +13,19 @@ struct V {
     static V set1(float a) { return {{a, a, a, a}}; }
     static V load(const float* p) { return {{p[0], p[1], p[2], p[3]}}; }
     static V gather(const float* p, const i32* i) { return {{p[i[0]], p[i[1]], p[i[2]], p[i[3]]}}; }
+    static V load_first(const float* p, i64 n) {
+        V a = zero();
+        for (i64 i = 0; i < n; ++i) a.f[i] = p[i];
+        return a;
+    }
+    static void store_first(float* p, V a, i64 n) { for (i64 i = 0; i < n; ++i) p[i] = a.f[i]; }
     static void store(float* p, V a) { for (int i = 0; i < 4; ++i) p[i] = a.f[i]; }
     static V add(V a, V b) { for (int i = 0; i < 4; ++i) a.f[i] += b.f[i]; return a; }
     static V mul(V a, V b) { for (int i = 0; i < 4; ++i) a.f[i] *= b.f[i]; return a; }
     static V fma(V a, V b, V c) { for (int i = 0; i < 4; ++i) c.f[i] += a.f[i] * b.f[i]; return c; }
+    static void stream(float* p, V a) { store(p, a); }
+    static V even(V a, V b) { return {{a.f[0], a.f[2], b.f[0], b.f[2]}}; }
+    static void fence() {}
     static V reduce(const float* b) {
         V s;
         for (int i = 0; i < 4; ++i) s.f[i] = (b[4 * i] + b[4 * i + 2]) + (b[4 * i + 1] + b[4 * i + 3]);

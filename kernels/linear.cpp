@@ -2,7 +2,6 @@
 // and every row of the weight then runs through its nonzeros with the tile of outputs in registers.
 #include "plan.h"
 #include <algorithm>
-#include <cstdlib>
 
 namespace fastsparse {
 namespace {
@@ -201,7 +200,7 @@ LinearPlan::LinearPlan(const i64* indptr, i64 n_indptr, const i32* idx, i64 nnz,
 // A panel fits the L1 cache, unless that leaves too few nonzeros in a row of it to be worth loading the outputs again.
 std::shared_ptr<const Panels> LinearPlan::panels(const Csr& a, i64 lanes) const {
     constexpr i64 l1_floats = 12 * 1024, l2_floats = 128 * 1024;
-    static const double few = getenv("FS_FEW") ? atof(getenv("FS_FEW")) : 8;
+    constexpr double few = 12;
     const double density = double(a.nnz()) / std::max(1., double(a.rows) * double(a.cols));
     const i64 fits = l1_floats / lanes, most = l2_floats / lanes;
     const i64 want = std::clamp(density * most > few ? i64(few / density) : most, fits, most);
@@ -210,7 +209,7 @@ std::shared_ptr<const Panels> LinearPlan::panels(const Csr& a, i64 lanes) const 
     for (const auto& c : cache_)
         if (c.first == &a && c.second->width == width) return c.second;
     if (cache_.size() >= 8) cache_.erase(cache_.begin());
-    cache_.emplace_back(&a, std::make_shared<Panels>(a, row_chunk, width, &a == &wt_));
+    cache_.emplace_back(&a, std::make_shared<Panels>(a, 0, a.rows, row_chunk, width, &a == &wt_));
     return cache_.back().second;
 }
 

@@ -187,10 +187,48 @@ static void crop(const float* src, i64 src_pitch, i64 rows, i64 cols, float* dst
     }
 }
 
-// dst[j] = src[j*step]; step 2 has its own loop, which the compiler turns into shuffles.
-static void every(const float* src, i64 step, i64 n, float* dst) {
-    if (step == 2) for (i64 j = 0; j < n; ++j) dst[j] = src[2 * j];
-    else for (i64 j = 0; j < n; ++j) dst[j] = src[step * j];
+// dst[r, j] = src[r, first + j*step], zero where that is outside the cols pixels of the row.
+static void pad_every(const float* src, i64 src_pitch, i64 rows, i64 cols, i64 first, i64 step, float* dst, i64 dst_pitch) {
+    constexpr int W = V::W;
+    i64 lo = first < 0 ? (-first + step - 1) / step : 0, hi = first >= cols ? 0 : (cols - first + step - 1) / step;
+    if (hi > dst_pitch) hi = dst_pitch;
+    if (lo > hi) lo = hi;
+    for (i64 r = 0; r < rows; ++r, src += src_pitch, dst += dst_pitch) {
+        for (i64 j = 0; j < lo; ++j) dst[j] = 0.f;
+        const float* s = src + first + lo * step;
+        i64 j = lo;
+        if (step == 2)
+            for (; j < hi; j += W, s += 2 * W) {
+                const i64 n = hi - j, m = 2 * n - 1;  // floats that may be read
+                const V a = m >= W ? V::load(s) : V::load_first(s, m);
+                const V b = m >= 2 * W ? V::load(s + W) : m > W ? V::load_first(s + W, m - W) : V::zero();
+                if (n >= W) V::store(dst + j, V::even(a, b));
+                else V::store_first(dst + j, V::even(a, b), n);
+            }
+        else
+            for (; j < hi; ++j, s += step) dst[j] = *s;
+        for (j = hi; j < dst_pitch; ++j) dst[j] = 0.f;
+    }
+}
+
+// dst[j*step] = src[j]
+static void spread(const float* src, i64 n, i64 step, float* dst) {
+    for (i64 j = 0; j < n; ++j) dst[j * step] = src[j];
+}
+
+// dst[2j] = a[j], dst[2j+1] = b[j]
+static void zip(const float* a, const float* b, i64 n, float* dst) {
+    for (i64 j = 0; j < n; ++j) { dst[2 * j] = a[j]; dst[2 * j + 1] = b[j]; }
+}
+
+// A copy that goes past the caches: for results that would only push out what is needed next.
+static void stream(const float* src, i64 n, float* dst) {
+    constexpr int W = V::W;
+    i64 i = 0;
+    for (; i < n && (uintptr_t)(dst + i) % (W * sizeof(float)); ++i) dst[i] = src[i];
+    for (; i + W <= n; i += W) V::stream(dst + i, V::load(src + i));
+    if (i < n) V::store_first(dst + i, V::load_first(src + i, n - i), n - i);
+    V::fence();
 }
 
 static void spmv(const float* x, const i32* idx, const float* val, const Seg* segs, i64 nseg, const float* bias, float* y) {
@@ -251,4 +289,4 @@ static constexpr Kernel table[] = {
 };
 
 static constexpr Isa isa = {FS_NAME, V::W, V::max_spmm, V::max_sddmm, table, sizeof(table) / sizeof(table[0]),
-                        &pack, &unpack, &spmv, &outer, &gather, &accumulate, &pad, &crop, &every};
+                        &pack, &unpack, &spmv, &outer, &gather, &accumulate, &pad, &crop, &pad_every, &spread, &zip, &stream};

@@ -17,13 +17,13 @@ struct Csr {
 // within a panel the rows by their number of nonzeros there, so that the branch at a row's end is predicted.
 struct Panels {
     i64 width;                    // columns in a panel
-    i64 chunk;                    // rows in a chunk
+    i64 row0, chunk;              // the first row, rows in a chunk
     i64 n_chunks, n_panels;
     std::vector<Seg> segs;
     std::vector<i64> at;          // the first segment of (chunk, panel)
     std::vector<i32> idx;         // in this order, if asked for
     std::vector<uint32_t> perm;
-    Panels(const Csr& a, i64 chunk, i64 width, bool reorder);
+    Panels(const Csr& a, i64 row0, i64 row1, i64 chunk, i64 width, bool reorder);
     const Seg* begin(i64 c, i64 p) const { return segs.data() + at[c * n_panels + p]; }
     i64 count(i64 c, i64 p) const { return at[c * n_panels + p + 1] - at[c * n_panels + p]; }
 };

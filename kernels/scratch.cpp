@@ -2,6 +2,7 @@
 #include "common.h"
 #include <algorithm>
 #include <cstdlib>
+#include <limits>
 #include <new>
 #ifdef __linux__
 #include <sys/mman.h>
@@ -40,6 +41,13 @@ void release(void* p) {
 }  // namespace
 
 Scratch::Scratch(i64 floats) : p_(nullptr), bytes_(0) {
+    take(floats);
+#ifdef FASTSPARSE_POISON  // tests: whatever is read before it was written shows
+    for (i64 i = 0; i < floats; ++i) p_[i] = std::numeric_limits<float>::quiet_NaN();
+#endif
+}
+
+void Scratch::take(i64 floats) {
     if (floats < 0 || floats > (i64(1) << 60)) throw std::bad_alloc();
     const size_t want = (size_t(floats) * sizeof(float) + 4095) / 4096 * 4096 + 4096;
     Pool& pl = pool();

@@ -28,8 +28,10 @@ static void append_sorted(std::vector<Seg>& in, bool keep_empty, std::vector<i32
 
 // The entries themselves in the order in which they run: read as one stream, and the values' positions close to each other.
 static void store_in_order(const Csr& a, std::vector<Seg>& segs, std::vector<i32>& idx, std::vector<uint32_t>& perm) {
-    idx.resize(a.idx.size());
-    perm.resize(a.idx.size());
+    size_t nnz = 0;
+    for (const Seg& s : segs) nnz += s.n;
+    idx.resize(nnz);
+    perm.resize(nnz);
     uint32_t to = 0;
     for (Seg& s : segs) {
         for (i32 i = 0; i < s.n; ++i) {
@@ -41,14 +43,14 @@ static void store_in_order(const Csr& a, std::vector<Seg>& segs, std::vector<i32
     }
 }
 
-Panels::Panels(const Csr& a, i64 chunk, i64 width, bool reorder)
-    : width(width), chunk(chunk), n_chunks(ceil_div(a.rows, chunk)), n_panels(std::max<i64>(1, ceil_div(a.cols, width))) {
+Panels::Panels(const Csr& a, i64 row0, i64 row1, i64 chunk, i64 width, bool reorder)
+    : width(width), row0(row0), chunk(chunk), n_chunks(ceil_div(row1 - row0, chunk)), n_panels(std::max<i64>(1, ceil_div(a.cols, width))) {
     std::vector<std::vector<Seg>> panel(n_panels);
     std::vector<i32> count;
     at.reserve(n_chunks * n_panels + 1);
-    segs.reserve(n_panels == 1 ? a.rows : a.rows + std::min(a.nnz(), a.rows * n_panels));
+    segs.reserve(row1 - row0);
     for (i64 c = 0; c < n_chunks; ++c) {
-        for (i64 r = c * chunk; r < std::min(a.rows, (c + 1) * chunk); ++r) {
+        for (i64 r = row0 + c * chunk; r < std::min(row1, row0 + (c + 1) * chunk); ++r) {
             i64 k = a.indptr[r];
             const i64 end = a.indptr[r + 1];
             for (i64 p = 0; p < n_panels; ++p) {
