@@ -35,7 +35,7 @@ class Conv:
 LINEARS = [Linear(512, 256, 128), Linear(768, 3072, 128), Linear(3072, 768, 128), Linear(2048, 2048, 64), Linear(1024, 1024, 512)]
 CONVS = [Conv(64, 64, 56), Conv(128, 128, 28), Conv(256, 256, 14), Conv(512, 512, 7), Conv(128, 256, 28, stride=2),
          Conv(256, 64, 56, k=1), Conv(512, 128, 28, k=1)]
-SPARSITIES = [.5, .8, .9, .95, .99, .995]
+SPARSITIES = {'linear': [.5, .8, .9, .95, .99, .995], 'conv': [.8, .9, .95, .99, .995]}
 TARGETS = {'linear': {.8: 2.3, .9: 4.5, .95: 8, .99: 18}, 'conv': {.8: 1.6, .9: 3, .95: 5, .99: 12}}
 
 def kind(case): return 'linear' if isinstance(case, Linear) else 'conv'
@@ -121,7 +121,7 @@ def burst(run, seconds, now):
         t = now(); run(); out.append(now() - t)
     return out
 
-def interleaved(runs, budget, rounds=5):
+def interleaved(runs, budget, rounds=3):
     "Median seconds of each of `runs`, in bursts taken in turns for about `budget` seconds; the order turns as well"
     times, names = {n: [] for n in runs}, list(runs)
     for i in range(rounds):
@@ -248,19 +248,19 @@ def main():
     torch.set_num_threads(a.threads)
     if a.isa: K.set_isa(a.isa)
     cases = [c for c in LINEARS + CONVS if a.kind in (None, kind(c)) and (not a.case or a.case in str(c))]
-    sparsities = a.sparsity or ([.9, .99] if a.quick else SPARSITIES)
+    def sparsities(case): return a.sparsity or ([.9, .99] if a.quick else SPARSITIES[kind(case)])
     if a.parts:
         for c in cases:
-            for s in sparsities: parts(c, s)
+            for s in sparsities(c): parts(c, s)
         return
     info, points = machine(), []
     print(json.dumps(info))
     for c in cases:
-        for s in sparsities:
+        for s in sparsities(c):
             points.append(measure(c, s, .3 if a.quick else a.budget, bool(a.peers)))
             points[-1]['share_of_peak'] = points[-1]['gflops']/info['peak_gflops']
             show(points[-1], info['peak_gflops'])
-    for r in summary(points): print({k: round(v, 2) if isinstance(v, float) else v for k, v in r.items()})
+    for r in summary(points): print({k: round(v, 3) if isinstance(v, float) else v for k, v in r.items()})
     if a.out:
         Path(a.out).parent.mkdir(parents=True, exist_ok=True)
         Path(f'{a.out}.json').write_text(json.dumps(dict(machine=info, summary=summary(points), points=points), indent=1))

@@ -1,0 +1,140 @@
+// The kernels without Python: drawn shapes against a plain double-precision reference, on every ISA of the machine.
+// Built with sanitizers, and for ARM under qemu, by the targets of kernels/targets.mk. Arguments: rounds, seed.
+#include "../../kernels/plan.h"
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+
+using namespace fastsparse;
+
+namespace {
+
+std::mt19937 rng;
+i64 draw(i64 lo, i64 hi) { return std::uniform_int_distribution<i64>(lo, hi)(rng); }
+double unit() { return std::uniform_real_distribution<double>()(rng); }
+
+struct Buffer {  // exactly as long as asked for, so that a sanitizer sees every step beyond
+    std::unique_ptr<float[]> p; i64 n;
+    explicit Buffer(i64 n, bool fill = true) : p(new float[size_t(n)]), n(n) {
+        for (i64 i = 0; i < n; ++i) p[i] = fill ? float(unit() * 2 - 1) : std::nanf("");
+    }
+    float& operator[](i64 i) { return p[size_t(i)]; }
+    float* data() { return p.get(); }
+};
+
+struct Mask {
+    i64 rows, cols;
+    std::vector<i64> indptr{0};
+    std::vector<i32> idx;
+    Mask(i64 rows, i64 cols, double density) : rows(rows), cols(cols) {
+        for (i64 r = 0; r < rows; ++r) {
+            for (i64 c = 0; c < cols; ++c)
+                if (unit() < density) idx.push_back(i32(c));
+            indptr.push_back(i64(idx.size()));
+        }
+    }
+    i64 nnz() const { return i64(idx.size()); }
+};
+
+int failures = 0;
+
+void compare(const char* what, Buffer& got, const std::vector<double>& want, i64 terms) {
+    const double eps = 1e-5 + 2e-7 * std::sqrt(double(terms)) * 8;
+    for (i64 i = 0; i < got.n; ++i)
+        if (!(std::fabs(got[i] - want[size_t(i)]) <= eps * (1 + std::fabs(want[size_t(i)])))) {
+            std::printf("%s[%lld]: %g, expected %g (%s)\n", what, (long long)i, double(got[i]), want[size_t(i)], current_isa().name);
+            ++failures;
+            return;
+        }
+}
+
+double density() { static const double d[] = {0, .02, .1, .3, 1}; return d[draw(0, 4)]; }
+
+void linear(int threads) {
+    const i64 b = draw(0, 150), rows = draw(1, 260), cols = draw(1, 260);
+    const Mask m(rows, cols, density());
+    const LinearPlan plan(m.indptr.data(), rows + 1, m.idx.data(), m.nnz(), rows, cols);
+    Buffer x(b * cols), v(m.nnz()), bias(rows), dy(b * rows), out(b * rows, false), dx(b * cols, false), dv(m.nnz(), false);
+    std::vector<double> ro(size_t(out.n)), rx(size_t(dx.n)), rv(size_t(dv.n));
+    for (i64 n = 0; n < b; ++n)
+        for (i64 r = 0; r < rows; ++r) {
+            ro[size_t(n * rows + r)] = bias[r];
+            for (i64 k = m.indptr[size_t(r)]; k < m.indptr[size_t(r) + 1]; ++k) {
+                const i64 c = m.idx[size_t(k)];
+                ro[size_t(n * rows + r)] += double(v[k]) * x[n * cols + c];
+                rx[size_t(n * cols + c)] += double(v[k]) * dy[n * rows + r];
+                rv[size_t(k)] += double(dy[n * rows + r]) * x[n * cols + c];
+            }
+        }
+    plan.forward(x.data(), b, v.data(), bias.data(), out.data(), threads);
+    plan.backward(x.data(), dy.data(), b, v.data(), dx.data(), dv.data(), threads);
+    compare("linear out", out, ro, cols);
+    compare("linear dx", dx, rx, rows);
+    compare("linear dvalues", dv, rv, b);
+}
+
+void conv(int threads) {
+    const i64 g = draw(1, 3);
+    ConvShape s{g * draw(1, 12), draw(1, 12), draw(1, 4), draw(1, 4), draw(1, 3), draw(1, 3), draw(0, 3), draw(0, 3), draw(0, 3), draw(0, 3), draw(1, 3), draw(1, 3), g};
+    const i64 n = draw(0, 36), taps = s.taps();
+    const i64 h = std::max<i64>(1, s.dh * (s.kh - 1) + 1 - s.pt - s.pb) + draw(0, 9), w = std::max<i64>(1, s.dw * (s.kw - 1) + 1 - s.pl - s.pr) + draw(0, 33);
+    const i64 oh = s.out_h(h), ow = s.out_w(w), ocg = s.oc / g;
+    const Mask m(s.oc, s.icg * taps, density());
+    const Layout layouts[] = {Layout::automatic, Layout::planes, Layout::batch};
+    const Conv2dPlan plan(m.indptr.data(), s.oc + 1, m.idx.data(), m.nnz(), s, layouts[draw(0, 2)]);
+    Buffer x(n * s.ic() * h * w), v(m.nnz()), bias(s.oc), dy(n * s.oc * oh * ow), out(dy.n, false), dx(x.n, false), dv(m.nnz(), false);
+    std::vector<double> ro(size_t(out.n)), rx(size_t(dx.n)), rv(size_t(dv.n));
+    for (i64 i = 0; i < n; ++i)
+        for (i64 o = 0; o < s.oc; ++o)
+            for (i64 p = 0; p < oh * ow; ++p) {
+                const i64 at = (i * s.oc + o) * oh * ow + p, py = p / ow, px = p % ow;
+                ro[size_t(at)] = bias[o];
+                for (i64 k = m.indptr[size_t(o)]; k < m.indptr[size_t(o) + 1]; ++k) {
+                    const i64 col = m.idx[size_t(k)], tap = col % taps;
+                    const i64 y = py * s.sh - s.pt + tap / s.kw * s.dh, xx = px * s.sw - s.pl + tap % s.kw * s.dw;
+                    if (y < 0 || y >= h || xx < 0 || xx >= w) continue;
+                    const i64 from = ((i * s.ic() + o / ocg * s.icg + col / taps) * h + y) * w + xx;
+                    ro[size_t(at)] += double(v[k]) * x[from];
+                    rx[size_t(from)] += double(v[k]) * dy[at];
+                    rv[size_t(k)] += double(dy[at]) * x[from];
+                }
+            }
+    plan.forward(x.data(), n, h, w, v.data(), bias.data(), out.data(), threads);
+    plan.backward_input(dy.data(), n, h, w, v.data(), dx.data(), threads);
+    plan.backward_weight(x.data(), dy.data(), n, h, w, dv.data(), threads);
+    compare("conv out", out, ro, s.icg * taps);
+    compare("conv dx", dx, rx, s.oc * taps);
+    compare("conv dvalues", dv, rv, n * oh * ow);
+}
+
+template <class E, class F> void must_throw(const char* what, F&& f) {
+    try { f(); } catch (const E&) { return; }
+    std::printf("%s: no exception\n", what);
+    ++failures;
+}
+
+void wrong_structures() {
+    const i64 p[] = {0, 2, 3}, falling[] = {0, 4, 3};
+    const i32 i[] = {0, 2, 1}, outside[] = {0, 3, 1}, twice[] = {2, 2, 1};
+    must_throw<std::invalid_argument>("falling indptr", [&] { LinearPlan(falling, 3, i, 3, 2, 3); });
+    must_throw<std::out_of_range>("index outside", [&] { LinearPlan(p, 3, outside, 3, 2, 3); });
+    must_throw<std::invalid_argument>("duplicate", [&] { LinearPlan(p, 3, twice, 3, 2, 3); });
+    must_throw<std::invalid_argument>("short indptr", [&] { LinearPlan(p, 2, i, 3, 2, 3); });
+    must_throw<std::overflow_error>("too wide", [&] { LinearPlan(p, 3, i, 3, 2, i64(1) << 40); });
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    const int rounds = argc > 1 ? std::atoi(argv[1]) : 40, seed = argc > 2 ? std::atoi(argv[2]) : 0;
+    wrong_structures();
+    for (const Isa* isa : available_isas()) {
+        set_isa(isa->name);
+        rng.seed(unsigned(seed));
+        for (int r = 0; r < rounds && !failures; ++r) { linear(1 + r % 3); conv(1 + r % 3); }
+        std::printf("%s: %d rounds, %s\n", isa->name, rounds, failures ? "FAILED" : "ok");
+    }
+    return failures != 0;
+}
