@@ -12,7 +12,7 @@ DEMO_DIR ?= demo
 .venv/.installed: settings.ini setup.py pyproject.toml $(KERNEL_SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel pybind11
-	$(BIN)/python -m pip install --quiet --no-build-isolation -e '.[dev]'
+	FASTSPARSE_REQUIRE_KERNELS=1 $(BIN)/python -m pip install --quiet --no-build-isolation -e '.[dev]'
 	touch $@
 
 demo: .venv/.installed

@@ -6,7 +6,7 @@
 __all__ = ['SET_presets', 'SNFS_presets', 'RigL_presets', 'dl_batch_sizes', 'borrowed_slots', 'KernelSwitch',
            'SparseKernelsCallback', 'sparse_kernels_report', 'DynamicSparseTrainingCallback', 'Sparsity', 'EverActive']
 
-# %% ../nbs/07_callback.ipynb #5022e145
+# %% ../nbs/07_callback.ipynb #ab246743
 import warnings, weakref
 from contextlib import contextmanager
 import pandas as pd, torch
@@ -17,10 +17,11 @@ from fastai.callback.training import GradientAccumulation
 from fastai.learner import Metric
 from .distribution import check_sparsity
 from .schedule import cumulative_steps, drop_fraction, is_update_step, sched_cos
-from .score import (gradient_magnitude, gradient_momentum, has_momentum, momentum_redistribution, needs_dense_grad,
+from .score import (gradient_magnitude, gradient_momentum, has_momentum, is_elementwise, momentum_redistribution, needs_dense_grad,
                               opt_slots, opt_state, random_score, weight_magnitude)
 from .topology import n_true, apply_masks, check_mask, drop_and_grow, grad_mask, set_masks, sparse_params, sparseable_params, zero_off_mask_, _hooked, _drop_hooks, GradMask
-from .training import SparseCompute, expand_model
+from .layers import hold_interrupts
+from .training import CompressedUpdate, SparseCompute, expand_model, param_compressed, updates_compressed
 
 # %% ../nbs/07_callback.ipynb #c98a0f5a
 SET_presets = dict(keep_score_f=weight_magnitude, grow_score_f=random_score, initial_drop_grow_pct=0.3, stop_pct=1., update_replaces_step=False)
@@ -75,7 +76,7 @@ def borrowed_slots(
             zero_off_mask_(p.param, p.mask)
             _return(p, opt, store.setdefault(p.name, {}))
 
-# %% ../nbs/07_callback.ipynb #73e4f8d0
+# %% ../nbs/07_callback.ipynb #2b2fda69
 class KernelSwitch:
     "The part of a callback that puts layers on the compiled kernels and takes them off again."
     def __init__(self, mode, threshold, keep):
@@ -95,6 +96,10 @@ class KernelSwitch:
         if self.compute is None: return
         if dense: self.compute.dense()
         elif self.compute.settled: self.compute.sparse()
+
+    def expand(self, p):
+        "One parameter, dense for the next batch."
+        if self.compute is not None: self.compute.expand(p)
 
     def settle(self):
         "After a batch."
@@ -144,7 +149,7 @@ def sparse_kernels_report(
 # %% ../nbs/07_callback.ipynb #538e45eb
 def _finite(t): return all(o.isfinite() for o in t.aminmax()) if t.numel() else True
 
-# %% ../nbs/07_callback.ipynb #2b17071b
+# %% ../nbs/07_callback.ipynb #4e68daa9
 class DynamicSparseTrainingCallback(Callback):
     "Prune and grow the connections of a sparsified model while it trains. Leave it out, and sparsity is static."
     order,run_valid = 95,False
@@ -175,10 +180,19 @@ class DynamicSparseTrainingCallback(Callback):
         self.kernels = KernelSwitch(sparse_kernels, sparsity_threshold, keep_kernels)
         self._reset()
 
-    def _reset(self): self.updates,self.ever_active,self.off_mask,self.pending,self.wants_dense_grad = [],{},{},False,False
+    def _reset(self):
+        self.updates,self.ever_active,self.off_mask,self.pending,self.wants_dense_grad = [],{},{},False,False
+        self._forget_plans()
+
+    def _forget_plans(self):
+        for u in getattr(self, 'plans', {}).values(): u.remove()
+        self.plans,self.planned_for = {},None
 
     @property
     def _scores(self): return [f for f in (self.keep_score_f, self.grow_score_f, self.redistribute_f) if f is not None]
+
+    @property
+    def _elementwise(self): return self.redistribute_f is None and all(is_elementwise(f) for f in self._scores)
 
     @property
     def _every_grad(self): return any(needs_dense_grad(f) == 'always' for f in self._scores)
@@ -208,8 +222,8 @@ class DynamicSparseTrainingCallback(Callback):
         expand_model(self.learn.model, self.learn.opt)      # an interrupted run may have left layers compressed
         ps = self._params()
         self._check(ps)
-        n_acc = max([1] + [cb.n_acc for cb in self.learn.cbs if isinstance(cb, GradientAccumulation)])
-        self.steps_before = cumulative_steps(dl_batch_sizes(self.learn.dls.train), self.learn.n_epoch, n_acc)
+        self.n_acc = max([1] + [cb.n_acc for cb in self.learn.cbs if isinstance(cb, GradientAccumulation)])
+        self.steps_before = cumulative_steps(dl_batch_sizes(self.learn.dls.train), self.learn.n_epoch, self.n_acc)
         self.n_steps,self.i_step = self.steps_before[-1],0
         self.every = self.batches_per_update or (100 if self.update_replaces_step else max(1, self.n_steps//max(1, self.learn.n_epoch)))
         if not any(is_update_step(i, self.n_steps, self.every, self.stop_pct) for i in range(self.n_steps)):
@@ -238,47 +252,72 @@ class DynamicSparseTrainingCallback(Callback):
         "Ask for dense gradients where this batch's step needs them."
         if self.idle: return
         self.wants_dense_grad = self._wants()
-        self.kernels.set(dense=self.wants_dense_grad and not self._every_grad)
+        if self.wants_dense_grad and not self._every_grad: self._plan()
+        else: self.kernels.set(dense=False)
 
     def _wants(self): return self._every_grad or (self._due and any(needs_dense_grad(f) == 'update' for f in self._scores))
+
+    def _fraction(self): return drop_fraction(self.i_step/self.n_steps, self.initial_drop_grow_pct, self.stop_pct, self.drop_grow_sched)
+
+    def _plan(self):
+        "Before the batches of an update's step: layers that can't be updated as they are stored become dense."
+        if self.planned_for == self.i_step: return
+        self._forget_plans()
+        self.planned_for = self.i_step
+        if not self._elementwise: return self.kernels.set(dense=True)
+        wants = needs_dense_grad(self.grow_score_f) == 'update'
+        for p in self._params():
+            if not updates_compressed(p): self.kernels.expand(p)
+            elif p.param.requires_grad:
+                self.plans[p.name] = CompressedUpdate(p, self.learn.opt, self._fraction(), self.keep_score_f, self.grow_score_f, wants,
+                    one_batch=self.n_acc == 1 and self.update_replaces_step, alive=lambda: self.learn is not None)
 
     def before_step(self):
         "Update connectivity if it is time. Position counts the steps that get here."
         if self.idle: return
-        due,self.i_step = self._due,self.i_step+1
+        due = self._due
+        if due: self._plan()
+        fraction,self.i_step = self._fraction(),self.i_step+1
         if not due and not self._every_grad: return
-        if due: self.kernels.set(dense=True)
-        ps = [p for p in self._params() if p.param.requires_grad and p.param.grad is not None]
-        if due: self.pending = not all(_finite(p.param.grad) for p in ps)
-        try: self._step(ps, due and not self.pending, replaced=due and self.update_replaces_step)
-        finally: self.wants_dense_grad = self._every_grad
+        ps = [p for p in self._params() if p.param.requires_grad and p.param.grad is not None and (p.name not in self.plans or self.plans[p.name].ready)]
+        if due: self.pending = not (all(_finite(p.param.grad) for p in ps) and all(self.plans[p.name].is_finite() for p in ps if p.name in self.plans))
+        try: self._step(ps, fraction if due and not self.pending else None, replaced=due and self.update_replaces_step)
+        finally:
+            self.wants_dense_grad = self._every_grad
+            self._forget_plans()
         raise CancelStepException()
 
-    def _step(self, ps, update, replaced):
-        "An optimizer step unless `replaced`, and the update if there is one."
+    def _step(self, ps, fraction, replaced):
+        "An optimizer step unless `replaced`, and the update that moves `fraction`, if there is one."
         if self._every_grad:
             with borrowed_slots(ps, self.learn.opt, self.off_mask):
                 if not replaced: self.learn._step()
-                if update: self._update(ps)
+                if fraction is not None: self._update(ps, fraction)
             return
-        dense = [p.param.grad for p in ps]
         if not replaced:
-            for p in ps: p.param.grad = p.param.grad.masked_fill(~p.mask, 0)
+            dense = [(p, p.param.grad) for p in ps if not param_compressed(p)]
+            for p,g in dense: p.param.grad = g.masked_fill(~p.mask, 0)
             self.learn._step()
-            for p,g in zip(ps, dense): p.param.grad = g
-        if update: self._update(ps)
+            for p,g in dense: p.param.grad = g
+        if fraction is not None: self._update(ps, fraction)
 
-    def _update(self, ps):
+    def _update(self, ps, fraction):
         "Move connections, and keep account."
-        pos = (self.i_step-1)/self.n_steps
-        fraction = drop_fraction(pos, self.initial_drop_grow_pct, self.stop_pct, self.drop_grow_sched)
-        before = [p.n_active for p in ps]
-        masks = drop_and_grow(ps, self.learn.opt, fraction, self.keep_score_f, self.grow_score_f, self.redistribute_f)
-        grown = set_masks(ps, masks, self.learn.opt, off_mask_slots=self._every_grad)
+        opt,before = self.learn.opt,[p.n_active for p in ps]
+        dense = [p for p in ps if p.name not in self.plans]
+        if self.plans: masks = [self._decide(p, fraction) for p in ps]
+        else: masks = drop_and_grow(ps, opt, fraction, self.keep_score_f, self.grow_score_f, self.redistribute_f)
+        grown = dict(zip(dense, set_masks(dense, [m for m in masks if m is not None], opt, off_mask_slots=self._every_grad)))
+        with hold_interrupts(): grown.update({p: self.plans[p.name].commit() for p in ps if p.name in self.plans})
         for p in ps: self.ever_active[p.name] |= p.mask
         self.kernels.stale = True
         self.updates.append(dict(step=self.i_step-1, fraction=fraction, names=[p.name for p in ps], before=before,
-                                 after=[p.n_active for p in ps], grown=grown))
+                                 after=[p.n_active for p in ps], grown=[grown[p] for p in ps]))
+
+    def _decide(self, p, fraction):
+        "The new mask of a dense layer; a compressed one keeps its decision to itself."
+        if p.name in self.plans: return self.plans[p.name].decide()
+        return drop_and_grow([p], self.learn.opt, fraction, self.keep_score_f, self.grow_score_f)[0]
 
     def after_batch(self):
         "Decide anew how layers compute, if connectivity has changed or input shapes have just been learned."

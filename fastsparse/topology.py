@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['sparseable_types', 'is_sparseable_module', 'n_true', 'SparseParam', 'sparseable_params', 'sparse_params', 'n_kept',
            'sparse_mask', 'zero_off_mask_', 'GradMask', 'grad_mask', 'MaskHook', 'SparseHooks', 'add_mask_hooks',
-           'apply_masks', 'sparse_init_', 'check_mask', 'attach_mask', 'sparsify_model', 'top_k_mask', 'share_out',
-           'call_scalar', 'drop_and_grow', 'set_masks']
+           'apply_masks', 'sparse_init_', 'check_mask', 'attach_mask', 'sparsify_model', 'top_k_index', 'top_k_mask',
+           'share_out', 'call_scalar', 'drop_and_grow', 'set_masks']
 
 # %% ../nbs/04_topology.ipynb #b3a7e2c6
 import warnings, weakref
@@ -332,18 +332,28 @@ def _floor(s, candidates, k, n_sample=2**15):
     j = int(1.1*share*len(sample) + 4*sqrt(share*len(sample)) + 8)
     return sample.topk(j, sorted=False).values.min() if j < len(sample) else None
 
-# %% ../nbs/04_topology.ipynb #b8bb1367
+# %% ../nbs/04_topology.ipynb #a684ef8c
+def top_k_index(
+    score:torch.Tensor,      # Any real score
+    k:int,                   # How many to choose
+    candidates:torch.Tensor, # Bool: choose among these only
+) -> torch.Tensor: # int64, `k` flat positions
+    "Where the `k` candidates with the highest score are."
+    s,c = score.flatten(),candidates.flatten()
+    floor = _floor(s, c, k)
+    idx = _where(c if floor is None else c & (s >= floor))
+    if len(idx) < k: idx = _where(c)
+    return idx[s[idx].topk(k, sorted=False).indices]
+
+# %% ../nbs/04_topology.ipynb #d8f396e3
 def top_k_mask(
     score:torch.Tensor,      # Any real score
     k:int,                   # How many to choose
     candidates:torch.Tensor, # Bool: choose among these only
 ) -> torch.Tensor: # Bool, exactly `k` ones
     "The `k` candidates with the highest score."
-    s,c,mask = score.flatten(),candidates.flatten(),torch.zeros(score.numel(), dtype=torch.bool, device=score.device)
-    floor = _floor(s, c, k)
-    idx = _where(c if floor is None else c & (s >= floor))
-    if len(idx) < k: idx = _where(c)
-    mask[idx[s[idx].topk(k, sorted=False).indices]] = True
+    mask = torch.zeros(score.numel(), dtype=torch.bool, device=score.device)
+    mask[top_k_index(score, k, candidates)] = True
     return mask.view(score.shape)
 
 # %% ../nbs/04_topology.ipynb #ffb34600

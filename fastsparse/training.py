@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['CompressedAttention', 'DenseGradFunction', 'DenseGrad', 'DenseGradLinear', 'DenseGradConv2d', 'set_dense_grad',
            'why_not_param', 'param_compressed', 'compress_param', 'expand_param', 'compress_params', 'expand_model',
-           'hide_compression', 'show_compression', 'cache_path', 'TimingCache', 'layer_timing', 'SparseCompute']
+           'CompressedUpdate', 'updates_compressed', 'hide_compression', 'show_compression', 'cache_path',
+           'TimingCache', 'layer_timing', 'SparseCompute']
 
-# %% ../nbs/06a_training.ipynb #7c734061
+# %% ../nbs/06a_training.ipynb #b65e2c69
 import json, os, platform, warnings
 from contextlib import contextmanager
 from math import log2, prod
@@ -18,11 +19,11 @@ from fastcore.foundation import L
 from . import kernels
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
-from .layers import (LinearGeometry, SparseConv2d, SparseLinear, active_index, compress, conv_geometry, csr_from_mask, dense_weight, expand,
+from .layers import (LinearGeometry, SparseConv2d, SparseLinear, active_index, compress, conv_geometry, csr_from_index, csr_from_mask, dense_weight, expand,
                                gather, hold_interrupts, interleaved_ms, is_compressed, measure_layer, pad_mode, plan_for, replace_storage, run_backward,
                                run_forward, scatter, sparse_apply, training_step, why_dense, why_not_compress)
-from .score import _slow_weights, _unwrap, opt_slots
-from .topology import SparseParam, apply_masks, sparse_params
+from .score import call_score, opt_slots
+from .topology import SparseParam, n_true, sparse_params, top_k_index, top_k_mask
 
 # %% ../nbs/06a_training.ipynb #f8faca1a
 class CompressedAttention(nn.MultiheadAttention):
@@ -280,6 +281,95 @@ def expand_model(
         expand_param(p, opt)
     _settle_attention(model)
 
+# %% ../nbs/06a_training.ipynb #ebc16952
+class CompressedUpdate:
+    "Decides, and carries out, the update of one compressed Linear or Conv2d."
+    def __init__(self,
+        p:SparseParam,   # A compressed parameter
+        opt,             # Its optimizer
+        fraction:float,  # Share of active connections to drop
+        keep_score_f,    # Elementwise keep score
+        grow_score_f,    # Elementwise grow score
+        wants_grad:bool, # Does `grow_score_f` look at the gradient?
+        one_batch:bool=True, # Is the gradient complete after one backward? Else it is kept until `decide`
+        alive=lambda: True,  # Is anybody still waiting for the gradient? An interrupted run is not
+    ):
+        self.p,self.opt,self.k,self.keep_score_f,self.grow_score_f = p,opt,int(fraction*p.param.numel()),keep_score_f,grow_score_f
+        self.alive = alive
+        self.wants_grad,self.one_batch,self.calls,self.grad,self.grow,self.finite = wants_grad,one_batch,0,None,None,True
+        self.handle = p.module.register_forward_hook(self._forward) if wants_grad else None
+
+    def _forward(self, m, args, y):
+        if not (y.requires_grad and self.alive()): return
+        self.calls += 1
+        x = args[0].detach()
+        y.register_hook(lambda dy: self._backward(x, dy))
+
+    @torch.no_grad()
+    def _backward(self, x, dy):
+        m = self.p.module
+        geom = conv_geometry(m) if isinstance(m, nn.Conv2d) else LinearGeometry(m.out_features, m.in_features)
+        g = _weight_grad(geom, pad_mode(m, x) if isinstance(m, nn.Conv2d) else x, dy.contiguous())
+        self.grad = g if self.grad is None else self.grad.add_(g)
+        self.calls -= 1
+        if self.calls == 0 and self.one_batch: self.decide()
+
+    def is_finite(self): return self.finite and (self.grad is None or all(o.isfinite() for o in self.grad.aminmax()))
+
+    @property
+    def ready(self): return not self.wants_grad or self.grad is not None or self.grow is not None or not self.finite
+
+    def remove(self):
+        if self.handle is not None: self.handle.remove()
+
+    @torch.no_grad()
+    def decide(self):
+        "Which connections to drop and to grow; changes nothing. Raises `ValueError` if a score fails."
+        if self.grow is not None or not self.finite: return
+        p,g = self.p,self.grad
+        if g is not None:
+            self.finite = all(o.isfinite() for o in g.aminmax())
+            if not self.finite: return
+        like = p.mask if g is None else g.view_as(g)
+        if g is not None: like.grad = g
+        keep = call_score(self.keep_score_f, p.param, self.opt, p.name, mask=torch.ones_like(p.param, dtype=torch.bool))
+        self.index = active_index(p.mask)
+        self.kept = top_k_mask(keep, len(self.index)-self.k, torch.ones_like(keep, dtype=torch.bool))
+        free = p.mask.logical_not().view(-1)
+        free[self.index[~self.kept]] = True
+        self.grow = top_k_index(call_score(self.grow_score_f, like, self.opt, p.name, mask=p.mask), self.k, free)
+        self.grad = None
+
+    @torch.no_grad()
+    def commit(self) -> int: # New connections
+        "Move the connections. The order of values is that of the new mask; who stays keeps value and slots, who is new starts at 0."
+        p,old = self.p,self.p.mask.view(-1)
+        new = old.clone()
+        new[self.index[~self.kept]] = False
+        new[self.grow] = True
+        index = active_index(new)
+        was,stays = old[index],new[self.index]
+        def moved(t):
+            res = t.new_zeros(len(index))
+            res[was] = t[stays]
+            return res
+        values,slots = moved(p.param.detach()),list(opt_slots(self.opt, p.param).values())
+        ptr,idx = csr_from_index(index, p.mask.shape[0], prod(p.mask.shape[1:]))
+        with hold_interrupts():
+            _move_slots(slots, moved)
+            replace_storage(p.param, values)
+            p.module.register_buffer('weight_indptr', ptr, persistent=False)
+            p.module.register_buffer('weight_indices', idx, persistent=False)
+            p.mask.copy_(new.view(p.mask.shape))
+        return len(index) - n_true(was)
+
+# %% ../nbs/06a_training.ipynb #e39b1e00
+def updates_compressed(
+    p:SparseParam, # A masked parameter
+) -> bool:
+    "Can `p` be updated as it is, without being made dense?"
+    return param_compressed(p) and not isinstance(p.module, nn.MultiheadAttention)
+
 # %% ../nbs/06a_training.ipynb #94abcad7
 def _dense_opt_state(sd, opt, ps):
     "`sd`, an optimizer's state dict, with the slots of compressed parameters dense."
@@ -395,7 +485,7 @@ def layer_timing(
     key = f"{'conv' if conv else 'linear'}{tuple(p.mask.shape)}{conv} bias{int(bias is not None)} x{tuple(x_shape)} dx{int(need_dx)}{' dense dw' if dense_grad else ''} 2^{bucket}"
     return cache(key, lambda: _measure(m, p.mask, x_shape, need_dx, dense_grad))
 
-# %% ../nbs/06a_training.ipynb #4032774f
+# %% ../nbs/06a_training.ipynb #7e6630e7
 class SparseCompute:
     "Chooses how each masked layer of a model computes, and swaps."
     def __init__(self,
@@ -475,6 +565,11 @@ class SparseCompute:
         if all(param_compressed(p) for p in full): return
         hide_compression(self.model, self.opt)
         compress_params(self.model, full, self.opt)
+
+    def expand(self, p):
+        "Swap one parameter out until `sparse`."
+        expand_param(p, self.opt)
+        _settle_attention(self.model)
 
     def dense(self):
         "Swap all layers out: every weight, gradient and slot is dense."

@@ -89,13 +89,24 @@ def test_runs_are_identical_on_the_kernels():
     a,b = [run(learner(Conv), 4, dst()) for _ in range(2)]
     assert all(v.equal(b.model.state_dict()[k]) for k,v in a.model.state_dict().items())
 
-def test_layers_really_run_compressed():
+@pytest.mark.parametrize('grow', [RigL_presets['grow_score_f'], lambda p,opt: p.grad.abs()])
+def test_layers_really_run_compressed(grow):
+    "An elementwise score doesn't even need a dense layer for the update; a score that may look at anything gets one."
     seen = []
     class Look(Callback):
         def before_step(self): seen.append([param_compressed(p) for p in sparse_params(self.learn.model)])
-    learn = run(learner(), 3, dst(every=6), Look())
-    assert seen[0] == [False]*3 and seen[1] == [True]*3 and seen[6] == [False]*3 and seen[7] == [True]*3
+    cb = dst(every=6, grow_score_f=grow)
+    learn = run(learner(), 3, cb, Look())
+    assert seen[0] == [False]*3 and seen[1] == [True]*3 and seen[7] == [True]*3 and cb.updates
+    assert seen[6] == [grow is RigL_presets['grow_score_f']]*3
     assert not any(param_compressed(p) for p in sparse_params(learn.model))
+
+@pytest.mark.parametrize('cbs', [lambda: [], lambda: [GradientAccumulation(24)]])
+def test_an_update_of_compressed_layers_is_that_of_dense_ones(cbs):
+    "The same elementwise score, declared so or not."
+    def grow(p, opt): return p.grad.abs()
+    a,b = [run(learner(Conv), 4, dst(every=2, grow_score_f=f), *cbs()) for f in (grow, RigL_presets['grow_score_f'])]
+    assert close(a.model.state_dict(), b.model.state_dict(), 1e-3, 1e-5)
 
 def test_static_sparsity_on_the_kernels():
     off,on = run(learner(), 3),run(learner(), 3, SparseKernelsCallback(True, .5))
