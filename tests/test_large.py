@@ -1,5 +1,5 @@
-"Layers born sparse against their dense twins and the masked engine: draws, gradients, counts, slots, interruptions, memory, and a fastai run."
-import contextlib, os, signal, subprocess, sys, warnings
+"Layers born sparse against their dense twins and the masked engine: draws, gradients, counts, slots, interruptions, memory."
+import os, signal, subprocess, sys
 from copy import deepcopy
 from functools import partial
 import numpy as np, pytest, torch, torch.nn.functional as F
@@ -7,11 +7,10 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from torch import nn
 from fastsparse import large
 from fastsparse.large import *
-from fastsparse.layers import SparseConv2d, SparseLinear, check_csr, csr_from_index, LinearGeometry
+from fastsparse.layers import SparseConv2d, SparseLinear, check_csr, csr_from_index
 from fastsparse.schedule import drop_fraction
-from fastsparse.score import dense_grad, gradient_magnitude, gradient_momentum, momentum_redistribution, needs_dense_grad, opt_slots, random_score, weight_magnitude
+from fastsparse.score import dense_grad, gradient_magnitude, gradient_momentum, momentum_redistribution, opt_slots, random_score, weight_magnitude
 from fastsparse.topology import SparseParam, attach_mask, drop_and_grow, set_masks, sparse_params
-from conftest import Items, fit, quiet, toy_dls
 
 fast = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 pytestmark = pytest.mark.filterwarnings('ignore::fastsparse.layers.DenseFallbackWarning')
