@@ -76,7 +76,7 @@ def borrowed_slots(
             zero_off_mask_(p.param, p.mask)
             _return(p, opt, store.setdefault(p.name, {}))
 
-# %% ../nbs/07_callback.ipynb #2b2fda69
+# %% ../nbs/07_callback.ipynb #54fb4b76
 class KernelSwitch:
     "The part of a callback that puts layers on the compiled kernels and takes them off again."
     def __init__(self, mode, threshold, keep):
@@ -101,6 +101,10 @@ class KernelSwitch:
         "One parameter, dense for the next batch."
         if self.compute is not None: self.compute.expand(p)
 
+    def begin(self):
+        "Before a step: in the first one, swap before the optimizer makes dense slots."
+        if self.compute is not None and not self.compute.settled: self.settle()
+
     def settle(self):
         "After a batch."
         if self.compute is None or not self.stale or not self.compute.inputs: return
@@ -118,7 +122,7 @@ class KernelSwitch:
         self.compute.load_state_dict(sd)
         self.stale = sd['stale']
 
-# %% ../nbs/07_callback.ipynb #d4e9fb37
+# %% ../nbs/07_callback.ipynb #e77ebfc1
 class SparseKernelsCallback(Callback):
     "Train on the compiled kernels where they are faster, with masks that stay (static sparsity). `DynamicSparseTrainingCallback` does this by itself."
     order,run_valid = 95,False
@@ -132,6 +136,7 @@ class SparseKernelsCallback(Callback):
         if not sparse_params(self.learn.model): raise ValueError("no layer has a mask: call `sparsify_model(learn.model, sparsity)` before training.")
         self.kernels.start(self.learn)
     def before_batch(self): self.kernels.set(dense=False)
+    def before_step(self): self.kernels.begin()
     def after_batch(self): self.kernels.settle()
     def after_fit(self): self.kernels.stop()
     def state_dict(self): return self.kernels.state_dict()
@@ -149,7 +154,7 @@ def sparse_kernels_report(
 # %% ../nbs/07_callback.ipynb #538e45eb
 def _finite(t): return all(o.isfinite() for o in t.aminmax()) if t.numel() else True
 
-# %% ../nbs/07_callback.ipynb #4e68daa9
+# %% ../nbs/07_callback.ipynb #1d458643
 class DynamicSparseTrainingCallback(Callback):
     "Prune and grow the connections of a sparsified model while it trains. Leave it out, and sparsity is static."
     order,run_valid = 95,False
@@ -275,6 +280,7 @@ class DynamicSparseTrainingCallback(Callback):
     def before_step(self):
         "Update connectivity if it is time. Position counts the steps that get here."
         if self.idle: return
+        self.kernels.begin()
         due = self._due
         if due: self._plan()
         fraction,self.i_step = self._fraction(),self.i_step+1

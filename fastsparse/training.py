@@ -8,7 +8,7 @@ __all__ = ['CompressedAttention', 'DenseGradFunction', 'DenseGrad', 'DenseGradLi
            'CompressedUpdate', 'updates_compressed', 'hide_compression', 'show_compression', 'cache_path',
            'TimingCache', 'layer_timing', 'SparseCompute']
 
-# %% ../nbs/06a_training.ipynb #b65e2c69
+# %% ../nbs/06a_training.ipynb #3133b2aa
 import json, os, platform, warnings
 from contextlib import contextmanager
 from math import log2, prod
@@ -21,7 +21,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from .layers import (LinearGeometry, SparseConv2d, SparseLinear, active_index, compress, conv_geometry, csr_from_index, csr_from_mask, dense_weight, expand,
                                gather, hold_interrupts, interleaved_ms, is_compressed, measure_layer, pad_mode, plan_for, replace_storage, run_backward,
-                               run_forward, scatter, sparse_apply, training_step, why_dense, why_not_compress)
+                               run_forward, say_once, scatter, sparse_apply, training_step, why_dense, why_not_compress)
 from .score import call_score, opt_slots
 from .topology import SparseParam, n_true, sparse_params, top_k_index, top_k_mask
 
@@ -485,7 +485,7 @@ def layer_timing(
     key = f"{'conv' if conv else 'linear'}{tuple(p.mask.shape)}{conv} bias{int(bias is not None)} x{tuple(x_shape)} dx{int(need_dx)}{' dense dw' if dense_grad else ''} 2^{bucket}"
     return cache(key, lambda: _measure(m, p.mask, x_shape, need_dx, dense_grad))
 
-# %% ../nbs/06a_training.ipynb #7e6630e7
+# %% ../nbs/06a_training.ipynb #ebf5aea0
 class SparseCompute:
     "Chooses how each masked layer of a model computes, and swaps."
     def __init__(self,
@@ -502,6 +502,7 @@ class SparseCompute:
         self.settled = False
         expand_model(model, opt)
         if mode is True: self._insist()
+        elif not kernels.kernels_available(): say_once(kernels.why_not())
 
     def _insist(self):
         wrong = {p.name: why for p in self._masked() if (why := self._why_dense(p)) and not why.startswith('sparsity')}
