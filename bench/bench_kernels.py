@@ -108,6 +108,14 @@ def contenders(case, w, x, dy, peers):
 
 # Measuring
 
+KEEP = {'MALLOC_MMAP_MAX_': '0', 'MALLOC_TRIM_THRESHOLD_': str(1 << 40)}
+
+def keep_memory():
+    """Start over with an allocator that keeps freed memory, for every contender alike.
+
+    Large tensors otherwise come as fresh pages at each call, and clearing those takes the kernel longer than the layer needs."""
+    if not KEEP.items() <= os.environ.items(): os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | KEEP)
+
 def clock():
     "One thread is timed by its own clock, which stands still while another process has the core"
     import torch
@@ -173,7 +181,7 @@ def machine():
     for p in ('torch', 'numpy', 'sparseprop', 'sparselab'):
         try: vs[p] = version(p)
         except Exception: pass
-    return dict(cpu=cpu, isa=K.isa(), threads=torch.get_num_threads(), clock=clock().__name__, versions=vs, python=platform.python_version(),
+    return dict(cpu=cpu, isa=K.isa(), threads=torch.get_num_threads(), clock=clock().__name__, memory_kept=KEEP.items() <= os.environ.items(), versions=vs, python=platform.python_version(),
                 dense_limits={k: os.environ[k] for k in ('ATEN_CPU_CAPABILITY', 'ONEDNN_MAX_CPU_ISA') if k in os.environ},
                 peak_gflops=gemm_peak(), date=datetime.now(timezone.utc).isoformat(timespec='seconds'))
 
@@ -200,6 +208,18 @@ def show(p, peak=None):
     for peer in ('sparseprop', 'sparselab'):
         if f'over_{peer}' in p: line += f"  {p[f'over_{peer}']:5.2f}x {peer}"
     print(line, flush=True)
+
+def save(a, info, points):
+    "JSON and plots; points measured before, of other cases but under the same conditions, are kept"
+    Path(a.out).parent.mkdir(parents=True, exist_ok=True)
+    f, new = Path(f'{a.out}.json'), {(p['case'], p['sparsity']) for p in points}
+    old = json.loads(f.read_text()) if f.exists() else None
+    if old and all(old['machine'].get(k) == info[k] for k in ('cpu', 'isa', 'threads', 'versions', 'dense_limits', 'memory_kept')):
+        points = [p for p in old['points'] if (p['case'], p['sparsity']) not in new] + points
+    order = [str(c) for c in LINEARS + CONVS]
+    points = sorted(points, key=lambda p: (order.index(p['case']), p['sparsity']))
+    f.write_text(json.dumps(dict(machine=info, summary=summary(points), points=points), indent=1))
+    plots(points, a.out)
 
 def plots(points, stem):
     import matplotlib; matplotlib.use('Agg')
@@ -240,8 +260,10 @@ def main():
     ap.add_argument('--isa', help="ours; dense is limited by ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA")
     ap.add_argument('--peers', help='folder with sparseprop and sparselab')
     ap.add_argument('--budget', type=float, default=2., help='seconds for one point')
+    ap.add_argument('--fresh', action='store_true', help='let the allocator return large tensors to the system between calls, its default')
     ap.add_argument('--out', help='stem of the JSON and the plots')
     a = ap.parse_args()
+    if not a.fresh: keep_memory()
     if a.peers: sys.path.append(a.peers)
     import torch
     from fastsparse import kernels as K
@@ -260,10 +282,7 @@ def main():
             points.append(measure(c, s, .3 if a.quick else a.budget, bool(a.peers)))
             points[-1]['share_of_peak'] = points[-1]['gflops']/info['peak_gflops']
             show(points[-1], info['peak_gflops'])
+        if a.out: save(a, info, points)
     for r in summary(points): print({k: round(v, 3) if isinstance(v, float) else v for k, v in r.items()})
-    if a.out:
-        Path(a.out).parent.mkdir(parents=True, exist_ok=True)
-        Path(f'{a.out}.json').write_text(json.dumps(dict(machine=info, summary=summary(points), points=points), indent=1))
-        plots(points, a.out)
 
 if __name__ == '__main__': main()

@@ -145,7 +145,7 @@ class LinearPlan:
 
     def __repr__(self): return f'LinearPlan({self.n_rows}x{self.n_cols}, nnz={self.nnz})'
 
-# %% ../nbs/00_kernels.ipynb #facf7d5e
+# %% ../nbs/00_kernels.ipynb #137c1f0b
 class Conv2dPlan:
     "Convolution with a sparse (`out_channels`, `in_channels_per_group`, `kh`, `kw`) weight, in float32"
     def __init__(self,
@@ -161,7 +161,7 @@ class Conv2dPlan:
         groups:int=1,                # Groups of channels
         layout:str=None              # 'planes' or 'batch'; default: chosen for each input shape
     ):
-        """Check the structure and prepare both orientations.
+        """Check the structure and prepare both orientations; offsets are added for each input size when it first comes.
 
         Raises: TypeError, ValueError, IndexError and OverflowError as `LinearPlan`."""
         self._p = _need().Conv2dPlan(indptr, indices, out_channels, in_channels_per_group, kh, kw, tuple(stride),
@@ -206,8 +206,16 @@ class Conv2dPlan:
         "Gradient of the weight at its nonzeros"
         self._p.backward_weight(x, dy, dvalues, threads)
 
-    def backward(self, x, dy, values, dx, dvalues, threads=None):
-        "Both gradients; each may be None if it isn't wanted"
+    def backward(self,
+        x:np.ndarray,       # (n, channels, height, width); may be None if `dvalues` is
+        dy:np.ndarray,      # (n, `out_channels`, *`out_size`)
+        values:np.ndarray,  # (nnz,); may be None if `dx` is
+        dx:np.ndarray,      # (n, channels, height, width), overwritten, or None if not wanted
+        dvalues:np.ndarray, # (nnz,), overwritten, or None if not wanted
+        threads:int=None    # As in `forward`
+    ):
+        "Both gradients, as far as they are wanted; together they read `dy` only once where the layout allows it"
+        if dx is not None and dvalues is not None: return self._p.backward(x, dy, values, dx, dvalues, threads)
         if dx is not None: self.backward_input(dy, values, dx, threads)
         if dvalues is not None: self.backward_weight(x, dy, dvalues, threads)
 

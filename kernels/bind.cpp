@@ -3,6 +3,8 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <algorithm>
+#include <initializer_list>
 #include <limits>
 
 namespace py = pybind11;
@@ -12,7 +14,7 @@ namespace {
 
 using Shape = std::vector<i64>;
 
-std::string text(const Shape& s) {
+template <class S> std::string text(const S& s) {
     std::string t = "(";
     for (i64 n : s) t += (t.size() > 1 ? ", " : "") + std::to_string(n);
     return t + (s.size() == 1 ? ",)" : ")");
@@ -21,33 +23,37 @@ std::string text(const Shape& s) {
 Shape shape_of(const py::array& a) { return Shape(a.shape(), a.shape() + a.ndim()); }
 
 template <class T> void check(const py::array& a, const char* name, const char* dtype) {
-    if (!py::dtype::of<T>().equal(a.dtype()))
+    static const int number = py::dtype::of<T>().num();
+    const py::dtype d = a.dtype();
+    if (!(d.num() == number && d.byteorder() == '=') && !py::dtype::of<T>().equal(d))
         throw py::type_error(std::string(name) + " is " + py::str(a.dtype()).cast<std::string>() + ", expected " + dtype);
     if (!(a.flags() & py::array::c_style)) throw py::value_error(std::string(name) + " must be C-contiguous");
     if (a.size() && reinterpret_cast<uintptr_t>(a.data()) % sizeof(T)) throw py::value_error(std::string(name) + " must be aligned");
 }
 
-void check_shape(const py::array& a, const char* name, const Shape& want) {
-    if (shape_of(a) != want) throw py::value_error(std::string(name) + " has shape " + text(shape_of(a)) + ", expected " + text(want));
+using Want = std::initializer_list<i64>;
+
+void check_shape(const py::array& a, const char* name, Want want) {
+    if (a.ndim() != py::ssize_t(want.size()) || !std::equal(want.begin(), want.end(), a.shape())) throw py::value_error(std::string(name) + " has shape " + text(shape_of(a)) + ", expected " + text(want));
 }
 
-const float* input(const py::array& a, const char* name, const Shape& want) {
+const float* input(const py::array& a, const char* name, Want want) {
     check<float>(a, name, "float32");
     check_shape(a, name, want);
     return static_cast<const float*>(a.data());
 }
 
-float* output(py::array& a, const char* name, const Shape& want) {
+float* output(py::array& a, const char* name, Want want) {
     input(a, name, want);
     if (!a.writeable()) throw py::value_error(std::string(name) + " is read-only");
     return static_cast<float*>(a.mutable_data());
 }
 
-const float* optional_input(const py::object& a, const char* name, const Shape& want) {
+const float* optional_input(const py::object& a, const char* name, Want want) {
     return a.is_none() ? nullptr : input(py::cast<py::array>(a), name, want);
 }
 
-float* optional_output(const py::object& o, const char* name, const Shape& want) {
+float* optional_output(const py::object& o, const char* name, Want want) {
     if (o.is_none()) return nullptr;
     py::array a = py::cast<py::array>(o);
     return output(a, name, want);
@@ -133,15 +139,13 @@ Image image_of(const py::array& x, const char* name) {
     return {n, x.shape(2), x.shape(3)};
 }
 
-Shape in_shape(const ConvShape& s, const Image& i) { return {i.n, s.ic(), i.h, i.w}; }
-Shape out_shape(const ConvShape& s, const Image& i) { return {i.n, s.oc, s.out_h(i.h), s.out_w(i.w)}; }
 
 void conv_forward(const Conv2dPlan& p, const py::array& x, const py::array& values, const py::object& bias, py::array& out, const py::object& threads) {
     const Image i = image_of(x, "x");
-    const float* xp = input(x, "x", in_shape(p.shape(), i));
+    const float* xp = input(x, "x", {i.n, p.shape().ic(), i.h, i.w});
     const float* vp = input(values, "values", {p.nnz()});
     const float* bp = optional_input(bias, "bias", {p.shape().oc});
-    float* op = output(out, "out", out_shape(p.shape(), i));
+    float* op = output(out, "out", {i.n, p.shape().oc, p.shape().out_h(i.h), p.shape().out_w(i.w)});
     const int t = threads_of(threads);
     py::gil_scoped_release nogil;
     p.forward(xp, i.n, i.h, i.w, vp, bp, op, t);
@@ -149,9 +153,9 @@ void conv_forward(const Conv2dPlan& p, const py::array& x, const py::array& valu
 
 void conv_backward_input(const Conv2dPlan& p, const py::array& dy, const py::array& values, py::array& dx, const py::object& threads) {
     const Image i = image_of(dx, "dx");
-    float* xp = output(dx, "dx", in_shape(p.shape(), i));
+    float* xp = output(dx, "dx", {i.n, p.shape().ic(), i.h, i.w});
     const float* vp = input(values, "values", {p.nnz()});
-    const float* gp = input(dy, "dy", out_shape(p.shape(), i));
+    const float* gp = input(dy, "dy", {i.n, p.shape().oc, p.shape().out_h(i.h), p.shape().out_w(i.w)});
     const int t = threads_of(threads);
     py::gil_scoped_release nogil;
     p.backward_input(gp, i.n, i.h, i.w, vp, xp, t);
@@ -159,12 +163,25 @@ void conv_backward_input(const Conv2dPlan& p, const py::array& dy, const py::arr
 
 void conv_backward_weight(const Conv2dPlan& p, const py::array& x, const py::array& dy, py::array& dvalues, const py::object& threads) {
     const Image i = image_of(x, "x");
-    const float* xp = input(x, "x", in_shape(p.shape(), i));
-    const float* gp = input(dy, "dy", out_shape(p.shape(), i));
+    const float* xp = input(x, "x", {i.n, p.shape().ic(), i.h, i.w});
+    const float* gp = input(dy, "dy", {i.n, p.shape().oc, p.shape().out_h(i.h), p.shape().out_w(i.w)});
     float* dvp = output(dvalues, "dvalues", {p.nnz()});
     const int t = threads_of(threads);
     py::gil_scoped_release nogil;
     p.backward_weight(xp, gp, i.n, i.h, i.w, dvp, t);
+}
+
+void conv_backward(const Conv2dPlan& p, const py::array& x, const py::array& dy, const py::array& values, py::array& dx, py::array& dvalues,
+                   const py::object& threads) {
+    const Image i = image_of(x, "x");
+    const float* xp = input(x, "x", {i.n, p.shape().ic(), i.h, i.w});
+    const float* gp = input(dy, "dy", {i.n, p.shape().oc, p.shape().out_h(i.h), p.shape().out_w(i.w)});
+    const float* vp = input(values, "values", {p.nnz()});
+    float* dxp = output(dx, "dx", {i.n, p.shape().ic(), i.h, i.w});
+    float* dvp = output(dvalues, "dvalues", {p.nnz()});
+    const int t = threads_of(threads);
+    py::gil_scoped_release nogil;
+    p.backward(xp, gp, i.n, i.h, i.w, vp, dxp, dvp, t);
 }
 
 py::list kernel_table() {
@@ -210,5 +227,6 @@ PYBIND11_MODULE(_kernels, m) {
         .def_property_readonly("nnz", &Conv2dPlan::nnz)
         .def("forward", &conv_forward, "x"_a, "values"_a, "bias"_a.none(true), "out"_a, "threads"_a = py::none())
         .def("backward_input", &conv_backward_input, "dy"_a, "values"_a, "dx"_a, "threads"_a = py::none())
-        .def("backward_weight", &conv_backward_weight, "x"_a, "dy"_a, "dvalues"_a, "threads"_a = py::none());
+        .def("backward_weight", &conv_backward_weight, "x"_a, "dy"_a, "dvalues"_a, "threads"_a = py::none())
+        .def("backward", &conv_backward, "x"_a, "dy"_a, "values"_a, "dx"_a, "dvalues"_a, "threads"_a = py::none());
 }

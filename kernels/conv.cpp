@@ -165,4 +165,14 @@ void Conv2dPlan::backward_weight(const float* x, const float* dy, i64 n, i64 h, 
     (g->planes ? sample_planes : sample_batch)(isa, *g, x, dy, n, dvalues, threads);
 }
 
+void Conv2dPlan::backward(const float* x, const float* dy, i64 n, i64 h, i64 w, const float* values, float* dx, float* dvalues, int threads) const {
+    const Isa& isa = current_isa();
+    if (n && s_.ic() && s_.oc && s_.out_h(h) && s_.out_w(w) && planes(n, h, w)) {
+        const auto f = gather(false, h, w, isa.width, true), b = gather(true, h, w, isa.width, true);
+        if (shares_gradient(*f, *b)) return backward_planes(isa, *f, *b, x, dy, n, values, dx, dvalues, threads);
+    }
+    backward_input(dy, n, h, w, values, dx, threads);
+    backward_weight(x, dy, n, h, w, dvalues, threads);
+}
+
 }  // namespace fastsparse

@@ -51,6 +51,10 @@ void gather_planes(const Isa& isa, const Gather& g, const float* in, i64 n, cons
 void sample_batch(const Isa& isa, const Gather& g, const float* x, const float* dy, i64 n, float* dvalues, int threads);
 void sample_planes(const Isa& isa, const Gather& g, const float* x, const float* dy, i64 n, float* dvalues, int threads);
 
+bool shares_gradient(const Gather& f, const Gather& b);
+void backward_planes(const Isa& isa, const Gather& f, const Gather& b, const float* x, const float* dy, i64 n, const float* values,
+                     float* dx, float* dvalues, int threads);
+
 // Sums over tasks, cut in parts that don't depend on the number of threads: part(first task, end, slot, sums).
 template <class F> void sum_in_parts(const Isa& isa, i64 tasks, i64 nnz, float* dvalues, int threads, F&& part) {
     constexpr i64 most = 8;

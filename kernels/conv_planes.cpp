@@ -136,21 +136,39 @@ i64 planes_offset(const Gather& g, i64 dy, i64 dx) {
     return (y % g.istep_y * g.istep_x + x % g.istep_x) * (g.ph * g.pw + g.width) + y / g.istep_y * g.pw + x / g.istep_x;
 }
 
+namespace {
+
+// Scratch of one task: the packed block, the results of a chunk of rows, a plane to straighten them in.
+struct Room {
+    i64 packed, ypitch, results, line;
+    bool far;
+    Room(const Gather& g, const float* out, i64 n)
+        : packed(g.direct ? 0 : round_up(g.channels * g.plane, 1024)), ypitch(round_up(flat(g, g.block, g.t_cols), g.width)),
+          results(g.row_chunk() * g.ostep_x * ypitch), line(round_up(g.block * g.out_w, 16)) {
+        constexpr i64 large = 2 * 1024 * 1024;  // floats
+        const bool lines = g.out_h * g.out_w % 16 == 0 && reinterpret_cast<uintptr_t>(out) % 64 == 0;  // planes are whole cache lines
+        far = lines && n * g.rows * g.out_h * g.out_w > large;
+    }
+    i64 floats() const { return packed + results + line; }
+};
+
+void gather_task(const Isa& isa, const Gather& g, const Room& room, i64 task, const float* in, const float* values, const float* bias,
+                 float* own, float* out) {
+    const Task k = task_of(g, task);
+    const float* image = in + k.n0 * g.channels * g.in_h * g.in_w;
+    if (!g.direct) pack_block(isa, g, image, k.t0, own);
+    const Result to{isa, g, own + room.packed, room.ypitch, own + room.packed + room.results, room.far};
+    for (i64 c = 0; c < g.phase[0].panels.n_chunks; ++c)
+        run_chunk(isa, g, k, c, g.direct ? image + k.t0 * g.in_w : own, values, bias, to, out + k.n0 * g.rows * g.out_h * g.out_w);
+}
+
+}  // namespace
+
 void gather_planes(const Isa& isa, const Gather& g, const float* in, i64 n, const float* values, const float* bias, float* out, int threads) {
-    constexpr i64 far = 2 * 1024 * 1024;  // floats
-    const i64 packed = g.direct ? 0 : round_up(g.channels * g.plane, 1024), ypitch = round_up(flat(g, g.block, g.t_cols), g.width);
-    const i64 results = g.row_chunk() * g.ostep_x * ypitch, scratch = packed + results + round_up(g.block * g.out_w, 16);
-    const bool lines = g.out_h * g.out_w % 16 == 0 && reinterpret_cast<uintptr_t>(out) % 64 == 0;  // planes are whole cache lines
-    const bool is_far = lines && n * g.rows * g.out_h * g.out_w > far;
-    Scratch space(scratch * threads);
+    const Room room(g, out, n);
+    Scratch space(room.floats() * threads);
     parallel_for(n * g.blocks(), threads, [&](i64 task, int slot) {
-        const Task k = task_of(g, task);
-        const float* image = in + k.n0 * g.channels * g.in_h * g.in_w;
-        float* own = space.data() + slot * scratch;
-        if (!g.direct) pack_block(isa, g, image, k.t0, own);
-        const Result to{isa, g, own + packed, ypitch, own + packed + results, is_far};
-        for (i64 c = 0; c < g.phase[0].panels.n_chunks; ++c)
-            run_chunk(isa, g, k, c, g.direct ? image + k.t0 * g.in_w : own, values, bias, to, out + k.n0 * g.rows * g.out_h * g.out_w);
+        gather_task(isa, g, room, task, in, values, bias, space.data() + slot * room.floats(), out);
     });
 }
 
@@ -163,10 +181,22 @@ void pack_gradient(const Isa& isa, const Gather& g, const Task& k, const float* 
     }
 }
 
-void sample_planes(const Isa& isa, const Gather& g, const float* x, const float* dy, i64 n, float* dvalues, int threads) {
-    const i64 W = g.width, plane = g.out_h * g.out_w, own_pitch = round_up(g.block * g.pw, W), ypitch = g.direct ? plane : own_pitch;
-    const i64 packed = g.direct ? 0 : round_up(g.channels * g.plane, 1024), scratch = packed + (g.direct ? 0 : g.rows * own_pitch);
+// The sums of one block's tiles, added to dv.
+void sample_tiles(const Isa& isa, const Gather& g, const Task& k, const float* block, const float* grad, i64 ypitch, float* dv, bool& add) {
+    const i64 W = g.width;
     const Phase& ph = g.phase[0];
+    each_tile(ceil_div(flat(g, k.t_rows, g.out_w), W), isa.max_sddmm, [&](i64 v, int m) {
+        const SddmmFn run = isa.find(op_sddmm, 1, m, true).sddmm;
+        for (i64 c = 0; c < ph.panels.n_chunks; ++c)
+            for (i64 p = 0; p < ph.panels.n_panels; ++p)
+                run({block + v * W, 1, 0, W, ph.off.data(), ph.panels.begin(c, p), ph.panels.count(c, p), grad + v * W, ypitch, 0, W, dv, add});
+        add = true;
+    });
+}
+
+void sample_planes(const Isa& isa, const Gather& g, const float* x, const float* dy, i64 n, float* dvalues, int threads) {
+    const i64 plane = g.out_h * g.out_w, own_pitch = round_up(g.block * g.pw, g.width), ypitch = g.direct ? plane : own_pitch;
+    const i64 packed = g.direct ? 0 : round_up(g.channels * g.plane, 1024), scratch = packed + (g.direct ? 0 : g.rows * own_pitch);
     Scratch space(scratch * threads);
     sum_in_parts(isa, n * g.blocks(), g.csr->nnz(), dvalues, threads, [&](i64 task, i64 end, int slot, float* dv) {
         float* own = space.data() + slot * scratch;
@@ -175,13 +205,34 @@ void sample_planes(const Isa& isa, const Gather& g, const float* x, const float*
             const float *image = x + k.n0 * g.channels * g.in_h * g.in_w, *block = own, *grad = own + packed;
             if (g.direct) { block = image + k.t0 * g.in_w; grad = dy + k.n0 * g.rows * plane + k.t0 * g.out_w; }
             else { pack_block(isa, g, image, k.t0, own); pack_gradient(isa, g, k, dy, own + packed, ypitch); }
-            each_tile(ceil_div(flat(g, k.t_rows, g.out_w), W), isa.max_sddmm, [&](i64 v, int m) {
-                const SddmmFn run = isa.find(op_sddmm, 1, m, true).sddmm;
-                for (i64 c = 0; c < ph.panels.n_chunks; ++c)
-                    for (i64 p = 0; p < ph.panels.n_panels; ++p)
-                        run({block + v * W, 1, 0, W, ph.off.data(), ph.panels.begin(c, p), ph.panels.count(c, p), grad + v * W, ypitch, 0, W, dv, add});
-                add = true;
-            });
+            sample_tiles(isa, g, k, block, grad, ypitch, dv, add);
+        }
+    });
+}
+
+// Whether the input gradient's packed dy is what the weight gradient needs: same pitch, zeros between the rows, whole images.
+bool shares_gradient(const Gather& f, const Gather& b) {
+    if (!f.planes || !b.planes || f.steps() > 1) return false;
+    return (f.direct && b.direct) || (!f.direct && !b.direct && f.blocks() == 1 && b.blocks() == 1 && f.pw == b.pw);
+}
+
+// Both gradients image by image, so that dy is read and packed once.
+void backward_planes(const Isa& isa, const Gather& f, const Gather& b, const float* x, const float* dy, i64 n, const float* values,
+                     float* dx, float* dvalues, int threads) {
+    const Room room(b, dx, n);
+    const i64 packed = f.direct ? 0 : round_up(f.channels * f.plane, 1024), scratch = packed + room.floats();
+    const i64 origin = f.direct ? 0 : -b.dy_min * b.pw - b.dx_min, ypitch = f.direct ? f.out_h * f.out_w : b.plane;
+    Scratch space(scratch * threads);
+    sum_in_parts(isa, n, f.csr->nnz(), dvalues, threads, [&](i64 i, i64 end, int slot, float* dv) {
+        float *xp = space.data() + slot * scratch, *own = xp + packed;
+        for (bool add = false; i < end; ++i) {
+            const float *image = x + i * f.channels * f.in_h * f.in_w, *grad = dy + i * f.rows * f.out_h * f.out_w;
+            for (i64 t = 0; t < b.blocks(); ++t) gather_task(isa, b, room, i * b.blocks() + t, dy, values, nullptr, own, dx);
+            if (!f.direct) pack_block(isa, f, image, 0, xp);
+            for (i64 t = 0; t < f.blocks(); ++t) {
+                const Task k = task_of(f, i * f.blocks() + t);
+                sample_tiles(isa, f, k, f.direct ? image + k.t0 * f.in_w : xp, f.direct ? grad + k.t0 * f.out_w : own + origin, ypitch, dv, add);
+            }
         }
     });
 }

@@ -73,6 +73,7 @@ public:
     void forward(const float* x, i64 n, i64 h, i64 w, const float* values, const float* bias, float* out, int threads) const;
     void backward_input(const float* dy, i64 n, i64 h, i64 w, const float* values, float* dx, int threads) const;
     void backward_weight(const float* x, const float* dy, i64 n, i64 h, i64 w, float* dvalues, int threads) const;
+    void backward(const float* x, const float* dy, i64 n, i64 h, i64 w, const float* values, float* dx, float* dvalues, int threads) const;
 private:
     std::shared_ptr<const Gather> gather(bool backward, i64 h, i64 w, int width, bool planes) const;
     ConvShape s_;

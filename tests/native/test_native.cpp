@@ -102,8 +102,11 @@ void conv(int threads) {
                 }
             }
     plan.forward(x.data(), n, h, w, v.data(), bias.data(), out.data(), threads);
-    plan.backward_input(dy.data(), n, h, w, v.data(), dx.data(), threads);
-    plan.backward_weight(x.data(), dy.data(), n, h, w, dv.data(), threads);
+    if (draw(0, 1)) plan.backward(x.data(), dy.data(), n, h, w, v.data(), dx.data(), dv.data(), threads);
+    else {
+        plan.backward_input(dy.data(), n, h, w, v.data(), dx.data(), threads);
+        plan.backward_weight(x.data(), dy.data(), n, h, w, dv.data(), threads);
+    }
     compare("conv out", out, ro, s.icg * taps);
     compare("conv dx", dx, rx, s.oc * taps);
     compare("conv dvalues", dv, rv, n * oh * ow);
