@@ -115,6 +115,19 @@ void set_phases(Gather& g, const ConvShape& s) {
 
 }  // namespace
 
+std::vector<int> split_tiles(i64 n, int most) {
+    std::vector<int> out;
+    while (n > 0) {
+        const i64 even = ceil_div(n, ceil_div(n, most));
+        int best = 1;
+        for (int s : {14, 12, 10, 8, 7, 6, 5, 4, 3, 2})
+            if (s <= most && s <= n && (s <= even || s == n)) { best = s; break; }
+        out.push_back(best);
+        n -= best;
+    }
+    return out;
+}
+
 Conv2dPlan::Conv2dPlan(const i64* indptr, i64 n_indptr, const i32* idx, i64 nnz, const ConvShape& s, Layout layout)
     : s_(checked_shape(s)), layout_(layout), w_(checked_csr(indptr, n_indptr, idx, nnz, s.oc, s.icg * s.taps())), wt_(transposed(w_, s_)) {}
 

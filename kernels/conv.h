@@ -39,6 +39,9 @@ struct Gather {
 // Rows t0.. of images n0..
 struct Task { i64 n0, images, t0, t_rows; };
 
+// n vectors in tiles of at most `most` for which there is a kernel, as few and as even as possible.
+std::vector<int> split_tiles(i64 n, int most);
+
 void set_batch_block(Gather& g);
 void set_planes_block(Gather& g);
 i64 batch_panel(const Gather& g);      // channels whose part of a tile fits the L1 cache

@@ -37,28 +37,13 @@ void pack_block(const Isa& isa, const Gather& g, const float* in, i64 images, i6
 
 struct TilePos { i64 t, x; int rows, cols; };
 
-// A row of n pixels in tiles for which there is a kernel, with as few and as even tiles as possible.
-std::vector<int> split(i64 n, int most) {
-    static const int sizes[] = {14, 12, 10, 8, 7, 6, 5, 4, 3, 2, 1};
-    std::vector<int> out;
-    while (n > 0) {
-        const i64 even = ceil_div(n, ceil_div(n, most));
-        int best = 1;
-        for (int s : sizes)
-            if (s <= most && s <= n && (s <= even || n == s)) { best = s; break; }
-        out.push_back(best);
-        n -= best;
-    }
-    return out;
-}
-
 std::vector<TilePos> tiles_of(i64 rows, i64 cols, int most) {
     std::vector<TilePos> out;
     const int two = std::min(7, most / 2);
     for (i64 t = 0; t < rows;) {
         const bool pair = t + 2 <= rows && cols <= two;
         i64 x = 0;
-        for (int n : split(cols, pair ? two : most)) { out.push_back({t, x, pair ? 2 : 1, n}); x += n; }
+        for (int n : split_tiles(cols, pair ? two : most)) { out.push_back({t, x, pair ? 2 : 1, n}); x += n; }
         t += pair ? 2 : 1;
     }
     return out;

@@ -43,16 +43,10 @@ Task task_of(const Gather& g, i64 task) {
     return {task / g.blocks(), 1, t0, std::min(g.block, g.t_rows - t0)};
 }
 
-// n vectors in tiles as even as they come, of the widths for which there is a kernel.
+// f(first vector, vectors) for every tile of n vectors.
 template <class F> void each_tile(i64 n, int most, F&& f) {
-    for (i64 v = 0; v < n;) {
-        const i64 even = ceil_div(n - v, ceil_div(n - v, most));
-        int best = 1;
-        for (int s : {14, 12, 10, 8, 7, 6, 5, 4, 3, 2})
-            if (s <= most && s <= n - v && (s <= even || s == n - v)) { best = s; break; }
-        f(v, best);
-        v += best;
-    }
+    i64 v = 0;
+    for (int m : split_tiles(n, most)) { f(v, m); v += m; }
 }
 
 // The results of a chunk of rows for one row phase: y[column phase, row, position], position in the block's pitch.

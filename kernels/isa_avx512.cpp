@@ -3,7 +3,8 @@
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
 #if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // the intrinsics' own headers trigger it
+#pragma GCC diagnostic ignored "-Wuninitialized"  // the intrinsics' own headers trigger both
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 #define FS_NS avx512
 #define FS_NAME "avx512"

@@ -27,6 +27,7 @@ void work(void* p) {
     for (i64 t; (t = j.next++) < j.n;) j.body(j.ctx, t, slot);
 }
 
+#ifndef FASTSPARSE_STD_THREADS
 void work_kmp(i32*, i32*, void* p) { work(p); }
 
 struct Runtime {
@@ -92,6 +93,7 @@ const Runtime* runtime() {
 #endif
     return found;
 }
+#endif
 
 }  // namespace
 

@@ -109,6 +109,20 @@ def test_conv_drawn(isa, layout, data):
 def test_conv_larger(isa, layout, n, h, w, cin, cout, k, stride, pad):
     check_conv(np.random.default_rng(1), n, h, w, cin, cout, (k, k), .1, (stride, stride), (pad,)*4, layout=layout)
 
+@pytest.mark.parametrize('layout', ['planes', 'batch'])
+@pytest.mark.parametrize('k,stride,pad', [(3, 1, 1), (1, 1, 0), (3, 2, 1), (3, 1, 0)])
+def test_each_gradient_alone(isa, layout, k, stride, pad):
+    rng = np.random.default_rng(14)
+    w, m = sparse(rng, .2, 20, 12, k, k)
+    p, v, x = K.Conv2dPlan.from_mask(m, stride=(stride,)*2, padding=(pad,)*4, layout=layout), w[m], randn(rng, 17, 12, 16, 16)
+    dy = randn(rng, 17, 20, *p.out_size(16, 16))
+    both, alone = (empty(*x.shape), empty(p.nnz)), (empty(*x.shape), empty(p.nnz))
+    p.backward(x, dy, v, *both)
+    p.backward(None, dy, v, alone[0], None)
+    p.backward(x, dy, None, None, alone[1])
+    assert both[0].tobytes() == alone[0].tobytes()
+    near(both[1], alone[1], dy.size//20)
+
 # What SparseProp gets wrong
 
 @pytest.mark.parametrize('n', [1, 3, 7, 9, 12, 20])
