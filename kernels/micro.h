@@ -91,6 +91,12 @@ template <int TR, int TC, bool UNIT> static void sddmm(const SddmmArgs& a) {
     for (const Seg *s = a.segs, *e = s + a.nseg; s != e; ++s) {
         if (fill && s->start != pos[fill - 1] + 1) run = false;
         const float* y = a.y + s->row * a.ypitch;
+        if (s + 2 * ahead < e) {
+            const Seg& n = s[2 * ahead];
+            prefetch(a.idx + n.start);
+            __builtin_prefetch(a.dv + n.start, 1);
+            __builtin_prefetch(a.dv + n.start + n.n, 1);
+        }
         V g[N];
 #pragma GCC unroll 16
         for (int i = 0; i < N; ++i) g[i] = V::load(y + (i / TC) * a.yrow + (i % TC) * a.ycol);
