@@ -16,6 +16,7 @@ from fastai.callback.core import Callback, CancelStepException
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import Metric
 from .distribution import check_sparsity
+from .large import GradientSampler, large_layers, new_positions, set_positions
 from .schedule import cumulative_steps, drop_fraction, is_update_step, sched_cos
 from .score import (gradient_magnitude, gradient_momentum, has_momentum, is_elementwise, momentum_redistribution, needs_dense_grad,
                               opt_slots, opt_state, random_score, weight_magnitude)
@@ -159,7 +160,7 @@ class DynamicSparseTrainingCallback(Callback):
     "Prune and grow the connections of a sparsified model while it trains. Leave it out, and sparsity is static."
     order,run_valid = 95,False
     def __init__(self,
-        sparse_modules=None,              # A module, or a list, with all inside, whose connections move; `None`: every module that `sparsify_model` masked
+        sparse_modules=None,              # A module, or a list, with all inside, whose connections move; `None`: every module that `sparsify_model` masked or that was born sparse
         batches_per_update:int=None,      # Optimizer steps between updates. `None`: 100 (RigL's) if the update replaces a step, else one epoch (SET's, SNFS's)
         initial_drop_grow_pct:float=0.3,  # Share of active connections that the first updates move, in [0,1)
         stop_pct:float=0.75,              # Share of training after which connectivity is final, in (0,1]
@@ -171,6 +172,7 @@ class DynamicSparseTrainingCallback(Callback):
         sparse_kernels='auto',            # Compiled kernels: 'auto' where measured faster, `True` for every sparse enough layer, `False` never
         sparsity_threshold:float=0.8,     # Layers of lower sparsity compute densely
         keep_kernels:bool=False,          # Leave layers on the kernels after fit
+        candidates:float=1.,              # In layers born sparse: positions that `grow_score_f` looks at, for each active connection
     ):
         check_sparsity(initial_drop_grow_pct, 'initial_drop_grow_pct')
         if not 0 < stop_pct <= 1: raise ValueError(f"stop_pct is the share of training with updates, in (0,1], not {stop_pct!r}.")
@@ -181,11 +183,12 @@ class DynamicSparseTrainingCallback(Callback):
         self.sparse_modules,self.batches_per_update = sparse_modules,batches_per_update
         self.initial_drop_grow_pct,self.stop_pct,self.drop_grow_sched = initial_drop_grow_pct,stop_pct,drop_grow_sched
         self.keep_score_f,self.grow_score_f,self.redistribute_f = keep_score_f,grow_score_f,redistribute_f
-        self.update_replaces_step = update_replaces_step
+        self.update_replaces_step,self.candidates,self.sampler = update_replaces_step,candidates,None
         self.kernels = KernelSwitch(sparse_kernels, sparsity_threshold, keep_kernels)
         self._reset()
 
     def _reset(self):
+        self._sample(False)
         self.updates,self.ever_active,self.off_mask,self.pending,self.wants_dense_grad = [],{},{},False,False
         self._forget_plans()
 
@@ -209,10 +212,22 @@ class DynamicSparseTrainingCallback(Callback):
         "The masked parameters whose connections move."
         return [p for p in sparse_params(self.learn.model) if self._moves(p)]
 
+    def _large(self):
+        "The same of layers born sparse."
+        return [p for p in large_layers(self.learn.model) if self._moves(p)]
+
+    def _sample(self, on):
+        "Begin or stop to collect gradients of vacant positions."
+        if self.sampler is not None and not on: self.sampler.remove()
+        if not on: self.sampler = None
+        elif self.sampler is None: self.sampler = GradientSampler(self._large(), self.candidates)
+
     def _check(self, ps):
         if not ps:
             raise ValueError("no layer has a mask: call `sparsify_model(learn.model, sparsity)` before training." if self.sparse_modules is None
-                             else "none of the `sparse_modules` has a mask.")
+                             else "none of the `sparse_modules` has a mask or was born sparse.")
+        if self._large() and needs_dense_grad(self.grow_score_f) == 'always':
+            raise ValueError(f"{self._large()[0].name} was born sparse: its inactive connections have no momentum to grow by. Use `gradient_magnitude` or `random_score`.")
         for p in ps: check_mask(p)
         wants = [f for f in self._scores if getattr(f, 'func', f) in (gradient_momentum, momentum_redistribution)]
         if wants and not has_momentum(self.learn.opt):
@@ -226,7 +241,7 @@ class DynamicSparseTrainingCallback(Callback):
         if self.idle: return
         expand_model(self.learn.model, self.learn.opt)      # an interrupted run may have left layers compressed
         ps = self._params()
-        self._check(ps)
+        self._check(ps + self._large())
         self.n_acc = max([1] + [cb.n_acc for cb in self.learn.cbs if isinstance(cb, GradientAccumulation)])
         self.steps_before = cumulative_steps(dl_batch_sizes(self.learn.dls.train), self.learn.n_epoch, self.n_acc)
         self.n_steps,self.i_step = self.steps_before[-1],0
@@ -259,6 +274,7 @@ class DynamicSparseTrainingCallback(Callback):
         self.wants_dense_grad = self._wants()
         if self.wants_dense_grad and not self._every_grad: self._plan()
         else: self.kernels.set(dense=False)
+        if self._due and needs_dense_grad(self.grow_score_f) == 'update' and self._large(): self._sample(True)
 
     def _wants(self): return self._every_grad or (self._due and any(needs_dense_grad(f) == 'update' for f in self._scores))
 
@@ -286,39 +302,43 @@ class DynamicSparseTrainingCallback(Callback):
         fraction,self.i_step = self._fraction(),self.i_step+1
         if not due and not self._every_grad: return
         ps = [p for p in self._params() if p.param.requires_grad and p.param.grad is not None and (p.name not in self.plans or self.plans[p.name].ready)]
-        if due: self.pending = not (all(_finite(p.param.grad) for p in ps) and all(self.plans[p.name].is_finite() for p in ps if p.name in self.plans))
-        try: self._step(ps, fraction if due and not self.pending else None, replaced=due and self.update_replaces_step)
+        large = [p for p in self._large() if p.param.requires_grad and p.param.grad is not None]
+        if due: self.pending = not ((self.sampler is None or self.sampler.finite) and all(_finite(p.param.grad) for p in ps+large) and all(self.plans[p.name].is_finite() for p in ps if p.name in self.plans))
+        try: self._step(ps, large, fraction if due and not self.pending else None, replaced=due and self.update_replaces_step)
         finally:
             self.wants_dense_grad = self._every_grad
             self._forget_plans()
+            self._sample(False)
         raise CancelStepException()
 
-    def _step(self, ps, fraction, replaced):
+    def _step(self, ps, large, fraction, replaced):
         "An optimizer step unless `replaced`, and the update that moves `fraction`, if there is one."
         if self._every_grad:
             with borrowed_slots(ps, self.learn.opt, self.off_mask):
                 if not replaced: self.learn._step()
-                if fraction is not None: self._update(ps, fraction)
+                if fraction is not None: self._update(ps, large, fraction)
             return
         if not replaced:
             dense = [(p, p.param.grad) for p in ps if not param_compressed(p)]
             for p,g in dense: p.param.grad = g.masked_fill(~p.mask, 0)
             self.learn._step()
             for p,g in dense: p.param.grad = g
-        if fraction is not None: self._update(ps, fraction)
+        if fraction is not None: self._update(ps, large, fraction)
 
-    def _update(self, ps, fraction):
+    def _update(self, ps, large, fraction):
         "Move connections, and keep account."
-        opt,before = self.learn.opt,[p.n_active for p in ps]
+        opt,before = self.learn.opt,[p.n_active for p in ps+large]
         dense = [p for p in ps if p.name not in self.plans]
         if self.plans: masks = [self._decide(p, fraction) for p in ps]
         else: masks = drop_and_grow(ps, opt, fraction, self.keep_score_f, self.grow_score_f, self.redistribute_f)
+        positions = new_positions(large, opt, fraction, self.keep_score_f, self.grow_score_f, self.redistribute_f, self.sampler, self.candidates)
         grown = dict(zip(dense, set_masks(dense, [m for m in masks if m is not None], opt, off_mask_slots=self._every_grad)))
         with hold_interrupts(): grown.update({p: self.plans[p.name].commit() for p in ps if p.name in self.plans})
+        grown.update(zip(large, set_positions(large, positions, opt)))
         for p in ps: self.ever_active[p.name] |= p.mask
         self.kernels.stale = True
-        self.updates.append(dict(step=self.i_step-1, fraction=fraction, names=[p.name for p in ps], before=before,
-                                 after=[p.n_active for p in ps], grown=[grown[p] for p in ps]))
+        self.updates.append(dict(step=self.i_step-1, fraction=fraction, names=[p.name for p in ps+large], before=before,
+                                 after=[p.n_active for p in ps+large], grown=[grown[p] for p in ps+large]))
 
     def _decide(self, p, fraction):
         "The new mask of a dense layer; a compressed one keeps its decision to itself."
@@ -332,6 +352,7 @@ class DynamicSparseTrainingCallback(Callback):
     def after_fit(self):
         "Hand the gradients back, and leave model and optimizer sparse."
         if self.idle: return
+        self._sample(False)
         self.kernels.stop()
         for p in self._params():
             h = grad_mask(p, create=False)
@@ -364,7 +385,7 @@ class Sparsity(_ModelMetric):
     name = 'sparsity'
     @property
     def value(self):
-        ps = sparseable_params(self.learn.model) if self.learn else []
+        ps = sparseable_params(self.learn.model) + large_layers(self.learn.model) if self.learn else []
         return 1 - sum(p.n_active for p in ps)/sum(p.n_weights for p in ps) if ps else None
 
 # %% ../nbs/07_callback.ipynb #86c311b0

@@ -19,6 +19,7 @@ from fastai.callback.tracker import TrackerCallback
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import Learner, Recorder
 from .callback import DynamicSparseTrainingCallback
+from .large import large_layers
 from .layers import scatter
 from .training import expand_model, param_compressed
 from .topology import SparseHooks, SparseParam, add_mask_hooks, apply_masks, sparse_params
@@ -43,7 +44,8 @@ def _misfits(model, state):
     extra = {f'{p}{s}' for p in _file_masks(state) for s in ('_mask', '_sparsity')}
     mine = {f'{p.name}{s}' for p in sparse_params(model) for s in ('_mask', '_sparsity')}
     own = {k:v for k,v in model.state_dict().items() if k not in mine}
-    return ([f"{k}: shape {tuple(state[k].shape)} in the file, {tuple(v.shape)} in the model" for k,v in own.items() if k in state and state[k].shape != v.shape]
+    any_size = {k for p in large_layers(model) for k in (p.name, f"{p.name.removesuffix('weight')}indices")}
+    return ([f"{k}: shape {tuple(state[k].shape)} in the file, {tuple(v.shape)} in the model" for k,v in own.items() if k in state and state[k].shape != v.shape and k not in any_size]
             + [f"{k}: not in the file" for k in own if k not in state]
             + [f"{k}: not in the model" for k in state if k not in own and k not in extra])
 
