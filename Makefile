@@ -5,7 +5,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 KERNEL_SOURCES := $(wildcard kernels/*.cpp kernels/*.h kernels/*.inc)
 DEMO_DIR ?= demo
 
-.PHONY: demo test sync notebooks pytest kernels prep clean
+.PHONY: demo test sync notebooks pytest kernels prep clean bench-training
 .DEFAULT_GOAL := test
 
 # The environment, remade when what it is made from changes; `pip install -e` also compiles the kernels.
@@ -40,5 +40,10 @@ kernels: .venv/.installed
 
 clean:
 	rm -rf .venv build demo fastsparse/*.so
+
+# Whole training steps, sparse against dense; see also bench-kernels.
+bench-training: .venv/.installed
+	$(BIN)/python bench/bench_training.py
+	$(BIN)/python bench/bench_memory.py
 
 -include kernels/targets.mk

@@ -1,0 +1,80 @@
+"""Fill the README's figures from the JSON in bench/results: `python bench/readme.py`. `--check` fails if they are out of date."""
+import json, re, sys
+from pathlib import Path
+
+root = Path(__file__).parent.parent
+results = root/'bench'/'results'
+
+def load(name):
+    f = results/f'{name}.json'
+    return json.loads(f.read_text()) if f.exists() else None
+
+def table(head, rows, left=1):
+    line = lambda cells: '| ' + ' | '.join(str(c) for c in cells) + ' |'
+    return '\n'.join([line(head), '|' + '---|'*left + '--:|'*(len(head)-left), *map(line, rows)])
+
+def pct(x): return f'{100*x:.4g} %'
+def times(x): return '–' if x is None else f'{x:.1f}×'
+
+def demo():
+    d = load('demo')
+    rows = [(r['method'], f"{100*r['accuracy']:.2f} %", f"{r['valid_loss']:.4f}", f"{r['nonzeros']:,} ({r['nonzeros']/r['weights']:.0%})",
+             f"{r['flops']:,} ({r['flops']/r['dense_flops']:.0%})", f"{r['seconds']:.0f}") for r in d['results']]
+    return (table(['method', 'accuracy', 'validation loss', 'connections', 'FLOPs per image', 'seconds'], rows) +
+            f"\n\nSeed {d['settings']['seed']}, {d['machine']['threads']} thread, {d['machine']['cpu']}, a busy machine ([bench/results/demo.json](bench/results/demo.json)). FLOPs count the weights that exist. "
+            "The digits are easy, and a mask that stays does as well as one that moves. What the demo shows is that nine tenths of the weights were not needed.")
+
+def kernels():
+    d = load('kernels')
+    if d is None: return ''
+    rows = [('Linear' if s['kind'] == 'linear' else 'Conv2d', pct(s['sparsity']), times(s['over_dense']), times(s.get('target')), times(s.get('over_sparseprop')), times(s.get('least_over_sparseprop')))
+            for s in sorted(d['summary'], key=lambda s: (s['kind'] != 'linear', s['sparsity']))]
+    m = d['machine']
+    return ('**One layer**, forward and backward, from and to ordinary contiguous tensors, geometric means over real layer shapes; the opponent is dense fp32 PyTorch in the better of its two memory formats.\n\n' +
+            table(['layer', 'sparsity', 'over dense', 'aim', 'over SparseProp', 'at least'], rows, 2) +
+            f"\n\n{m['cpu']}, {m['isa']}, {m['threads']} thread, torch {m['versions']['torch']}, SparseProp {m['versions'].get('sparseprop', '–')} ([every point](bench/results/kernels.json), "
+            "[what was tried](bench/NOTES.md), `make bench-kernels`).\n\n![Speed-up of Linear layers over dense](bench/results/kernels-linear.png)\n![Speed-up of convolutions over dense](bench/results/kernels-conv.png)")
+
+def training():
+    d = load('training')
+    if d is None: return ''
+    rows = [(r['model'], pct(r['sparsity']), f"{r['dense_ms']:.0f}", f"{r['amortised_ms']:.0f}", f"{r['speedup']:.2f}×", times(r['target']), f"{r['speedup_over_bf16']:.2f}×", f"{r['update_in_dense_steps']:.1f}", pct(round(r['update_share'], 3)))
+            for res in d['results'] for r in res['rows']]
+    return ('**Whole training steps** of a fastai `Learner` with RigL: forward, backward, optimizer, callbacks, and the share of a connectivity update every 100 steps, against the same learner dense.\n\n' +
+            table(['model', 'sparsity', 'dense ms', 'sparse ms', 'over dense fp32', 'aim', 'over dense bf16', 'an update, in dense steps', 'updates, share of time'], rows) +
+            f"\n\n{d['cpu']}, {d['isa']}, {d['settings']['threads']} threads, torch {d['versions']['torch']} ([all figures](bench/results/training.json), `make bench-training`).")
+
+def memory():
+    d,l = load('memory'),load('large')
+    res = []
+    if d is not None:
+        s = d['settings']
+        res.append(f"**Memory** that training adds, {s['model']}, {s['optimizer']}, {pct(s['sparsity'])} sparse: {d['sparse']['steady']:.0f} MiB between updates and {d['sparse']['peak']:.0f} MiB at the peak of an update, "
+                   f"against {d['dense']['steady']:.0f} and {d['dense']['peak']:.0f} MiB dense ({d['share']['steady']:.0%} and {d['share']['peak']:.0%}; measured resident, masks and everything the kernels keep included).")
+    if l is not None:
+        r = next(r for r in l['runs'] if r['method'] == 'rigl' and r['opt'] == 'adam')
+        s = l['settings']
+        res.append(f"**Wide**: {s['depth']} layers of {s['width']:,} × {s['width']:,} at {pct(s['sparsity'])} sparsity, born sparse, RigL by sampled gradients, Adam, batch {s['batch']}: {r['step_s']:.1f} s a step and "
+                   f"{r['peak_rss_gb']:.1f} GB in all. Dense, the weights alone would take {r['dense_weights_gb']:.0f} GB ([bench/results/large.json](bench/results/large.json)).")
+    return '\n\n'.join(res)
+
+def mnist():
+    rs = [json.loads(f.read_text()) for f in sorted(results.glob('mnist_resnet34_*.json'))]
+    if not rs: return ''
+    rows = [(r['settings']['method'], pct(r['settings']['sparsity']), f"{100*r['accuracy'][-1]:.2f} %", f"{r['active']:,} of {r['weights']:,}", r['updates']) for r in sorted(rs, key=lambda r: -r['accuracy'][-1])]
+    s = rs[0]['settings']
+    return (f"MNIST, ResNet-34 from scratch, ERK, {s['epochs']} epochs of one-cycle, batch {s['bs']}, seed {s['seed']} (`python bench/bench_mnist.py`):\n\n" +
+            table(['method', 'sparsity', 'test accuracy', 'connections (masked layers)', 'updates'], rows))
+
+def main():
+    f = root/'README.md'
+    old = new = f.read_text()
+    for name,make in dict(demo=demo, kernels=kernels, training=training, memory=memory, mnist=mnist).items():
+        pattern = re.compile(rf'(<!-- {name}: begin[^>]*-->\n).*?(<!-- {name}: end -->)', re.S)
+        if not pattern.search(new): sys.exit(f'README.md has no place for {name}')
+        text = make()
+        new = pattern.sub(lambda m: m[1] + (text + '\n' if text else '') + m[2], new)
+    if '--check' in sys.argv: sys.exit('README.md is out of date: python bench/readme.py' if new != old else 0)
+    f.write_text(new)
+
+if __name__ == '__main__': main()
