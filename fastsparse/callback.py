@@ -117,7 +117,7 @@ class KernelSwitch:
         "After fit."
         if self.compute is not None and not self.keep: self.compute.stop()
 
-    def state_dict(self): return {} if self.compute is None else dict(self.compute.state_dict(), stale=self.stale)
+    def state_dict(self): return {} if self.compute is None or self.compute.model is None else dict(self.compute.state_dict(), stale=self.stale)
     def load_state_dict(self, sd):
         if self.compute is None or not sd: return
         self.compute.load_state_dict(sd)
@@ -291,7 +291,8 @@ class DynamicSparseTrainingCallback(Callback):
             if not updates_compressed(p): self.kernels.expand(p)
             elif p.param.requires_grad:
                 self.plans[p.name] = CompressedUpdate(p, self.learn.opt, self._fraction(), self.keep_score_f, self.grow_score_f, wants,
-                    one_batch=self.n_acc == 1 and self.update_replaces_step, alive=lambda: self.learn is not None)
+                    one_batch=self.n_acc == 1 and self.update_replaces_step and needs_dense_grad(self.keep_score_f) == 'never',
+                    alive=lambda: self.learn is not None)
 
     def before_step(self):
         "Update connectivity if it is time. Position counts the steps that get here."

@@ -485,7 +485,7 @@ def layer_timing(
     key = f"{'conv' if conv else 'linear'}{tuple(p.mask.shape)}{conv} bias{int(bias is not None)} x{tuple(x_shape)} dx{int(need_dx)}{' dense dw' if dense_grad else ''} 2^{bucket}"
     return cache(key, lambda: _measure(m, p.mask, x_shape, need_dx, dense_grad))
 
-# %% ../nbs/06a_training.ipynb #ebf5aea0
+# %% ../nbs/06a_training.ipynb #fa9a5c3b
 class SparseCompute:
     "Chooses how each masked layer of a model computes, and swaps."
     def __init__(self,
@@ -578,9 +578,10 @@ class SparseCompute:
         show_compression(self.opt)
 
     def stop(self):
-        "Swap out for good."
+        "Swap out for good, and let go of everything but the report."
         self._unwatch()
         self.dense()
+        self.model,self.opt,self.dense_grad,self.inputs,self.chosen = None,None,None,{},[]
 
     def state_dict(self) -> dict:
         "What a resumed run needs to decide alike from its first batch on."
