@@ -97,7 +97,8 @@ def contenders(case, w, x, dy, peers):
     import torch
     yield 'dense', lambda: make_dense(case, w, x, dy)
     if kind(case) == 'conv': yield 'dense channels_last', lambda: make_dense(case, w, x, dy, 'channels_last')
-    yield 'dense bf16', lambda: make_dense(case, w, x, dy, 'channels_last' if kind(case) == 'conv' else 'contiguous', torch.bfloat16)
+    # Without AMX bf16 is emulated, and takes minutes.
+    if 'ONEDNN_MAX_CPU_ISA' not in os.environ: yield 'dense bf16', lambda: make_dense(case, w, x, dy, 'channels_last' if kind(case) == 'conv' else 'contiguous', torch.bfloat16)
     yield 'fastsparse', lambda: make_ours(case, w, x, dy)
     if not peers: return
     if kind(case) == 'linear':
