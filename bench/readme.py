@@ -1,5 +1,5 @@
 """Fill the README's figures from the JSON in bench/results: `python bench/readme.py`. `--check` fails if they are out of date."""
-import json, re, sys
+import json, math, re, sys
 from pathlib import Path
 
 root = Path(__file__).parent.parent
@@ -24,16 +24,22 @@ def demo():
             f"\n\nSeed {d['settings']['seed']}, {d['machine']['threads']} thread, {d['machine']['cpu']}, a busy machine ([bench/results/demo.json](bench/results/demo.json)). FLOPs count the weights that exist. "
             "The digits are easy, and a mask that stays does as well as one that moves. What the demo shows is that nine tenths of the weights were not needed.")
 
+def geomean(xs): return math.exp(sum(map(math.log, xs))/len(xs)) if xs else None
+
 def kernels():
     d = load('kernels')
     if d is None: return ''
-    rows = [('Linear' if s['kind'] == 'linear' else 'Conv2d', pct(s['sparsity']), times(s['over_dense']), times(s.get('target')), times(s.get('over_sparseprop')), times(s.get('least_over_sparseprop')))
-            for s in sorted(d['summary'], key=lambda s: (s['kind'] != 'linear', s['sparsity']))]
+    aims,rows = {(s['kind'], s['sparsity']): s.get('target') for s in d['summary']},[]
+    for kind,s in sorted({(p['kind'], p['sparsity']) for p in d['points']}, key=lambda k: (k[0] != 'linear', k[1])):
+        ps = [p for p in d['points'] if (p['kind'], p['sparsity']) == (kind, s)]
+        peers = [p['over_sparseprop'] for p in ps if p.get('over_sparseprop')]
+        rows.append(('Linear' if kind == 'linear' else 'Conv2d', pct(s), len(ps), times(geomean([p['over_dense'] for p in ps])), times(aims.get((kind, s))), times(geomean(peers)), times(min(peers, default=None))))
     m = d['machine']
     return ('**One layer**, forward and backward, from and to ordinary contiguous tensors, geometric means over real layer shapes; the opponent is dense fp32 PyTorch in the better of its two memory formats.\n\n' +
-            table(['layer', 'sparsity', 'over dense', 'aim', 'over SparseProp', 'at least'], rows, 2) +
-            f"\n\n{m['cpu']}, {m['isa']}, {m['threads']} thread, torch {m['versions']['torch']}, SparseProp {m['versions'].get('sparseprop', '–')} ([every point](bench/results/kernels.json), "
-            "[what was tried](bench/NOTES.md), `make bench-kernels`).\n\n![Speed-up of Linear layers over dense](bench/results/kernels-linear.png)\n![Speed-up of convolutions over dense](bench/results/kernels-conv.png)")
+            table(['layer', 'sparsity', 'shapes measured', 'over dense', 'aim', 'over SparseProp', 'at least'], rows, 2) +
+            f"\n\n{m['cpu']}, {m['isa']}, {m['threads']} thread, torch {m['versions']['torch']}, SparseProp {m['versions'].get('sparseprop', '–')}; memory kept by the allocator for all contenders, without which large tensors cost "
+            "everybody more and the ratios are smaller ([every point](bench/results/kernels.json), [what was tried, and what limits it](bench/NOTES.md), `make bench-kernels`).\n\n"
+            "![Speed-up of Linear layers over dense](bench/results/kernels-linear.png)\n![Speed-up of convolutions over dense](bench/results/kernels-conv.png)")
 
 def training():
     d = load('training')
