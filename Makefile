@@ -29,7 +29,7 @@ notebooks: .venv/.installed
 	OMP_NUM_THREADS=1 nbdev-test --n-workers 2
 
 pytest: .venv/.installed
-	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests
 
 # For contributors: regenerate the package after editing notebooks.
 prep: .venv/.installed
