@@ -1,5 +1,5 @@
 "Learners that train in milliseconds, and the invariants that tests look at. Nothing here uses the code under test but `sparsify_model`."
-import contextlib, io, warnings
+import contextlib, io, signal, warnings
 import pytest, torch
 from torch import nn
 import torch.nn.functional as F
@@ -89,3 +89,10 @@ def one_thread():
 
 @pytest.fixture(autouse=True)
 def _seeded(): torch.manual_seed(0)
+
+@pytest.fixture(autouse=True)
+def _ctrl_c():
+    "A shell that runs the tests in the background makes them ignore Ctrl-C; the tests of it need Python's own answer."
+    old = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, old)
