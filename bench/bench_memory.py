@@ -7,7 +7,6 @@ weights, gradients, optimizer state, structure and whatever the kernels keep. `p
 5 steps here), but not the first batch, on which a model that was born dense still is.
 """
 import argparse, ctypes, gc, json, platform, subprocess, sys
-from functools import partial
 from pathlib import Path
 
 def rss(field='VmRSS'): return next(int(l.split()[1])/1024 for l in open('/proc/self/status') if l.startswith(field))

@@ -6,7 +6,7 @@ All learners of a model live in one process and take turns, a few steps each, ro
 A sparse step counts its share of a connectivity update (RigL, every 100 steps). Dense is the better of NCHW and channels_last in
 fp32; dense under bf16 autocast stands beside it. `--profile` prints where the time of a sparse step goes.
 """
-import argparse, gc, json, os, platform, statistics, time
+import argparse, gc, json, platform, statistics, time
 from functools import partial
 from pathlib import Path
 import torch, torch.nn.functional as F
@@ -14,7 +14,7 @@ from torch import nn
 from fastai.basics import Adam, Callback, CancelValidException, DataLoaders, Learner, SGD, set_seed
 from torch.utils.data import DataLoader
 import fastsparse
-from fastsparse import DynamicSparseTrainingCallback, RigL_presets, sparse_kernels_report, sparse_params, sparsify_model
+from fastsparse import DynamicSparseTrainingCallback, RigL_presets, sparse_kernels_report, sparsify_model
 from fastsparse.kernels import isa
 
 EVERY = 100          # steps between connectivity updates, RigL's

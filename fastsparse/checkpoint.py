@@ -18,11 +18,11 @@ from fastai.callback.progress import ProgressCallback
 from fastai.callback.tracker import TrackerCallback
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import Learner, Recorder
-from .callback import DynamicSparseTrainingCallback
+
 from .large import large_layers
 from .layers import scatter
 from .training import expand_model, param_compressed
-from .topology import SparseHooks, SparseParam, add_mask_hooks, apply_masks, sparse_params
+from .topology import SparseHooks, add_mask_hooks, apply_masks, sparse_params
 
 # %% ../nbs/09_checkpoint.ipynb #70950dcf
 def _load_file(path, device):

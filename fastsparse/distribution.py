@@ -5,11 +5,9 @@
 # %% auto #0
 __all__ = ['uniform_sparsity', 'first_layer_dense_uniform', 'erdos_renyi_sparsity', 'check_sparsity', 'layer_sparsities']
 
-# %% ../nbs/02_distribution.ipynb #8fd600e3
+# %% ../nbs/02_distribution.ipynb #fd03526f
 from fnmatch import fnmatch
-from functools import partial
 from math import isfinite, prod
-import torch
 
 # %% ../nbs/02_distribution.ipynb #36f97662
 def uniform_sparsity(

@@ -8,8 +8,8 @@ __all__ = ['sparseable_types', 'is_sparseable_module', 'n_true', 'SparseParam', 
            'apply_masks', 'sparse_init_', 'check_mask', 'attach_mask', 'sparsify_model', 'top_k_index', 'top_k_mask',
            'share_out', 'call_scalar', 'drop_and_grow', 'set_masks']
 
-# %% ../nbs/04_topology.ipynb #b3a7e2c6
-import warnings, weakref
+# %% ../nbs/04_topology.ipynb #1ff6ea5e
+import warnings
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from math import sqrt

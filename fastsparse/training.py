@@ -8,9 +8,8 @@ __all__ = ['CompressedAttention', 'DenseGradFunction', 'DenseGrad', 'DenseGradLi
            'CompressedUpdate', 'updates_compressed', 'hide_compression', 'show_compression', 'cache_path',
            'TimingCache', 'layer_timing', 'SparseCompute']
 
-# %% ../nbs/06a_training.ipynb #3133b2aa
-import json, os, platform, warnings
-from contextlib import contextmanager
+# %% ../nbs/06a_training.ipynb #c19d9a41
+import json, os, platform
 from math import log2, prod
 from pathlib import Path
 import torch, torch.nn.functional as F
