@@ -171,7 +171,7 @@ class CheckpointCallback(Callback):
         every_batches:int=None,  # Also after every so many batches of an epoch
     ): self.path,self.every_batches = path,every_batches
 
-    def before_fit(self): self.run = not (hasattr(self.learn, 'lr_finder') or hasattr(self.learn, 'gather_preds'))
+    def before_fit(self): self.run = not (self.learn.lock.locked() or hasattr(self.learn, 'lr_finder'))      # not for validation, nor trials
     def before_train(self): self.epoch_rng = _rng_state(self.learn.dls)
     def after_batch(self):
         done = self.learn.iter + 1
@@ -184,10 +184,11 @@ class ResumeCallback(Callback):
     order,run_valid = -20,False
     def __init__(self,
         path, # File written by `CheckpointCallback` or `save_checkpoint`
-    ): self.path = path
+    ): self.path,self.state = path,None
 
     def before_fit(self):
         "Read the file, and refuse one of another run."
+        if self.learn.lock.locked(): return      # `learn.validate()`
         self.state = _load_file(self.path, 'cpu') if Path(self.path).exists() else None
         if self.state is None: return
         for k,now in (('n_epoch', self.learn.n_epoch), ('n_batches', len(self.learn.dls.train))):
@@ -212,9 +213,16 @@ class ResumeCallback(Callback):
 
     def before_batch(self):
         if self.state is not None: raise CancelBatchException()
+        self.learn.recorder.run = True
 
     def after_batch(self):
-        if self.state is not None and self.learn.iter + 1 == self.state['n_done']: self._restore()
+        if self.state is not None and self.learn.iter + 1 == self.state['n_done']:
+            self._restore()
+            self.learn.train_iter -= 1             # this batch is about to be counted once more
+            self.learn.recorder.run = False        # and has no loss to record
+
+    def after_train(self):
+        if self.state is None: self.learn.recorder.run = True
 
     def _restore(self):
         "Everything as it was; from here on this callback is idle."

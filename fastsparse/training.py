@@ -8,7 +8,7 @@ __all__ = ['CompressedAttention', 'DenseGradFunction', 'DenseGrad', 'DenseGradLi
            'CompressedUpdate', 'updates_compressed', 'hide_compression', 'show_compression', 'cache_path',
            'TimingCache', 'layer_timing', 'SparseCompute']
 
-# %% ../nbs/06a_training.ipynb #c19d9a41
+# %% ../nbs/06a_training.ipynb #2de35d24
 import json, os, platform
 from math import log2, prod
 from pathlib import Path
@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from .layers import (LinearGeometry, SparseConv2d, SparseLinear, active_index, compress, conv_geometry, csr_from_index, csr_from_mask, dense_weight, expand,
                                gather, hold_interrupts, interleaved_ms, is_compressed, measure_layer, pad_mode, plan_for, replace_storage, run_backward,
                                run_forward, say_once, scatter, sparse_apply, training_step, why_dense, why_not_compress)
-from .score import call_score, opt_slots
+from .score import call_score, gradient_magnitude, opt_slots, random_score
 from .topology import SparseParam, n_true, sparse_params, top_k_index, top_k_mask
 
 # %% ../nbs/06a_training.ipynb #f8faca1a
@@ -280,7 +280,7 @@ def expand_model(
         expand_param(p, opt)
     _settle_attention(model)
 
-# %% ../nbs/06a_training.ipynb #ebc16952
+# %% ../nbs/06a_training.ipynb #dbed7087
 class CompressedUpdate:
     "Decides, and carries out, the update of one compressed Linear or Conv2d."
     def __init__(self,
@@ -290,24 +290,25 @@ class CompressedUpdate:
         keep_score_f,    # Elementwise keep score
         grow_score_f,    # Elementwise grow score
         wants_grad:bool, # Does `grow_score_f` look at the gradient?
-        one_batch:bool=True, # Is the gradient complete after one backward? Else it is kept until `decide`
+        one_batch:bool=True, # Does a step have one backward only? Else the gradient is kept until `decide`
         alive=lambda: True,  # Is anybody still waiting for the gradient? An interrupted run is not
     ):
         self.p,self.opt,self.k,self.keep_score_f,self.grow_score_f = p,opt,int(fraction*p.param.numel()),keep_score_f,grow_score_f
         self.alive = alive
         self.wants_grad,self.one_batch,self.calls,self.grad,self.grow,self.finite = wants_grad,one_batch,0,None,None,True
-        self.handle = p.module.register_forward_hook(self._forward) if wants_grad else None
+        self.handle = p.module.register_forward_hook(self._forward, with_kwargs=True) if wants_grad else None
 
-    def _forward(self, m, args, y):
+    def _forward(self, m, args, kwargs, y):
         if not (y.requires_grad and self.alive()): return
         self.calls += 1
-        x = args[0].detach()
+        x = (args[0] if args else kwargs['input']).detach()
         y.register_hook(lambda dy: self._backward(x, dy))
 
     @torch.no_grad()
     def _backward(self, x, dy):
         m = self.p.module
         geom = conv_geometry(m) if isinstance(m, nn.Conv2d) else LinearGeometry(m.out_features, m.in_features)
+        x,dy = x.to(m.weight.dtype),dy.to(m.weight.dtype)      # autocast may hand over others
         g = _weight_grad(geom, pad_mode(m, x) if isinstance(m, nn.Conv2d) else x, dy.contiguous())
         self.grad = g if self.grad is None else self.grad.add_(g)
         self.calls -= 1
@@ -321,6 +322,13 @@ class CompressedUpdate:
     def remove(self):
         if self.handle is not None: self.handle.remove()
 
+    def _stand_in(self, g):
+        "What the grow score gets for a parameter: dense, with its gradient. The ready scores need no weights, so none are made for them."
+        if self.grow_score_f is random_score: return self.p.mask
+        like = g.view_as(g) if self.grow_score_f is gradient_magnitude else scatter(self.p.param.detach(), self.p.mask)
+        if g is not None: like.grad = g
+        return like
+
     @torch.no_grad()
     def decide(self):
         "Which connections to drop and to grow; changes nothing. Raises `ValueError` if a score fails."
@@ -329,8 +337,7 @@ class CompressedUpdate:
         if g is not None:
             self.finite = all(o.isfinite() for o in g.aminmax())
             if not self.finite: return
-        like = p.mask if g is None else g.view_as(g)
-        if g is not None: like.grad = g
+        like = self._stand_in(g)
         keep = call_score(self.keep_score_f, p.param, self.opt, p.name, mask=torch.ones_like(p.param, dtype=torch.bool))
         self.index = active_index(p.mask)
         self.kept = top_k_mask(keep, len(self.index)-self.k, torch.ones_like(keep, dtype=torch.bool))
@@ -384,7 +391,7 @@ def _dense_opt_state(sd, opt, ps):
         sd['slow_weights'] = L(L(scatter(s, small[id(q)]) if id(q := next(it)) in small else s for s in g) for g in sd['slow_weights'])
     return sd
 
-# %% ../nbs/06a_training.ipynb #3fd31c0a
+# %% ../nbs/06a_training.ipynb #9afc7070
 def hide_compression(
     model:nn.Module, # A model whose layers are being compressed
     opt,             # Its fastai optimizer
@@ -394,8 +401,10 @@ def hide_compression(
     save,load = opt.state_dict,opt.load_state_dict
     opt.state_dict = lambda: _dense_opt_state(save(), opt, sparse_params(model))
     def _load(sd):
+        small = [p for p in sparse_params(model) if param_compressed(p)]
         expand_model(model, opt)
         load(sd)
+        compress_params(model, small, opt)
     opt.load_state_dict = _load
 
 # %% ../nbs/06a_training.ipynb #3af17901
@@ -484,7 +493,7 @@ def layer_timing(
     key = f"{'conv' if conv else 'linear'}{tuple(p.mask.shape)}{conv} bias{int(bias is not None)} x{tuple(x_shape)} dx{int(need_dx)}{' dense dw' if dense_grad else ''} 2^{bucket}"
     return cache(key, lambda: _measure(m, p.mask, x_shape, need_dx, dense_grad))
 
-# %% ../nbs/06a_training.ipynb #fa9a5c3b
+# %% ../nbs/06a_training.ipynb #0cba81f8
 class SparseCompute:
     "Chooses how each masked layer of a model computes, and swaps."
     def __init__(self,
@@ -519,6 +528,8 @@ class SparseCompute:
         if p.param.dtype is not torch.float32: return f'dtype {p.param.dtype}: the kernels compute in float32'
         if self.dense_grad(p) and type(p.module) not in _dense_grad_types and not isinstance(p.module, DenseGrad):
             return f"its score needs every step's dense gradient, and it is a {type(p.module).__name__}"
+        if not self.dense_grad(p) and sum(q is p.param for m in self.model.modules() for q in m._parameters.values()) > 1:
+            return 'its weight is shared with another module'
         return None if param_compressed(p) or isinstance(p.module, DenseGrad) else why_not_param(p)
 
     def watch(self):
@@ -577,9 +588,13 @@ class SparseCompute:
         show_compression(self.opt)
 
     def stop(self):
-        "Swap out for good, and let go of everything but the report."
-        self._unwatch()
+        "Swap out for good."
         self.dense()
+        self.let_go()
+
+    def let_go(self):
+        "Keep nothing but the report."
+        self._unwatch()
         self.model,self.opt,self.dense_grad,self.inputs,self.chosen = None,None,None,{},[]
 
     def state_dict(self) -> dict:

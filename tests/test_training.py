@@ -325,3 +325,72 @@ def test_any_sequence_of_actions_keeps_every_invariant(actions, tmp_path):
             expand_model(learn.model, learn.opt)
             sparsify_model(learn, .85)
         check(learn, c)
+
+# ------------------------------------------------------------------------------------------------ what a fresh pair of eyes found
+
+@pytest.mark.parametrize('cb', [lambda: dst(), lambda: SparseKernelsCallback(True, .5, keep_kernels=True)])
+def test_validation_is_no_fit_for_a_callback_that_stays(cb):
+    learn = learner(cbs=cb())
+    with quiet(learn): learn.validate(), learn.get_preds()
+    run(learn, 2)
+    report,state = sparse_kernels_report(learn),[param_compressed(p) for p in sparse_params(learn.model)]
+    n = len(getattr(learn.cbs[-1], 'updates', []))
+    with quiet(learn): learn.validate(), learn.get_preds()
+    assert sparse_kernels_report(learn).equals(report) and [param_compressed(p) for p in sparse_params(learn.model)] == state
+    assert len(getattr(learn.cbs[-1], 'updates', [])) == n
+
+def test_a_checkpoint_callback_that_stays_does_not_write_for_validation(tmp_path):
+    learn = learner(cbs=CheckpointCallback(tmp_path/'c'))
+    with quiet(learn): learn.validate()
+    assert not (tmp_path/'c').exists()
+
+def test_tied_weights_stay_dense():
+    def tied():
+        m = nn.Sequential(nn.Linear(6,6), nn.Tanh(), nn.Linear(6,6), nn.Linear(6,3))
+        m[2].weight = m[0].weight
+        return m
+    with pytest.raises(ValueError, match='shared with another module'): run(learner(tied, sparsity=.6), 1, dst())
+    learn = run(learner(tied, sparsity=.6), 2, dst(on='auto'))
+    check(learn)
+
+def test_a_new_optimizer_over_layers_that_stay_on_the_kernels(tmp_path):
+    learn = run(learner(path=tmp_path), 1, dst(keep_kernels=True))
+    with quiet(learn): learn.export('e.pkl')
+    run(learn, 1, dst(keep_kernels=True))
+    learn.create_opt()
+    run(learn, 1)
+    check(learn)
+    learn.save('x')
+    learn.load('x')
+    check(learn)
+    run(learn, 1, dst())
+
+@pytest.mark.parametrize('grow', [lambda p,opt,**kw: p.grad.abs() + p.detach().abs(), lambda p,opt,**kw: p.detach().abs()])
+def test_elementwise_scores_see_weights_and_gradients(grow):
+    from fastsparse import dense_grad
+    f = dense_grad('update', elementwise=True)(grow)
+    off,on = [run(learner(), 4, dst(on=on, grow_score_f=f)) for on in (False, True)]
+    assert close(off.model.state_dict(), on.model.state_dict(), 1e-3, 1e-5)
+
+def test_updates_under_cpu_autocast_and_of_layers_called_by_keyword():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a,self.b = nn.Linear(6,32),nn.Linear(32,3)
+        def forward(self, x): return self.b(input=self.a(x).tanh())
+    class Autocast(Callback):
+        def before_batch(self):
+            self.ac = torch.autocast('cpu', torch.bfloat16)
+            self.ac.__enter__()
+        def after_pred(self):
+            self.ac.__exit__(None, None, None)
+            self.learn.pred = self.pred.float()
+    cb = dst()
+    check(run(learner(Net), 3, cb, Autocast()))
+    assert cb.updates
+
+def test_a_run_resumed_within_an_epoch_logs_what_the_other_logs(tmp_path):
+    through = run(learner(), 3, dst())
+    with pytest.raises(KeyboardInterrupt): run(learner(), 3, dst(), CheckpointCallback(tmp_path/'c', 3), Raise('after_batch', 14, order=100))
+    resumed = run(learner(seed=4), 3, dst(), ResumeCallback(tmp_path/'c'))
+    assert [list(v) for v in resumed.recorder.values] == [list(v) for v in through.recorder.values] and resumed.train_iter == through.train_iter
