@@ -1,12 +1,14 @@
 """Whole training steps with real sparsity against dense ones: a fastai `Learner`, data in memory, optimizer, hooks and callbacks included.
 
-    python bench/bench_training.py [--models resnet18 mlp …] [--sparsities 0.9 0.95 0.99] [--threads 2] [--out bench/results]
+    python bench/bench_training.py [--models resnet18 mlp …] [--sparsities 0.9 0.95 0.99] [--threads 2] [--peers DIR] [--out bench/results]
 
 All learners of a model live in one process and take turns, a few steps each, round after round; figures are medians over rounds.
 A sparse step counts its share of a connectivity update (RigL, every 100 steps). Dense is the better of NCHW and channels_last in
-fp32; dense under bf16 autocast stands beside it. `--profile` prints where the time of a sparse step goes.
+fp32; dense under bf16 autocast stands beside it. With `--peers` (see requirements.txt) the same masked model runs through SparseProp's
+swap too, its mask static. Every contender keeps the memory that tensors free (bench_kernels.py says why).
+`--profile` prints where the time of a sparse step goes.
 """
-import argparse, gc, json, platform, statistics, time
+import argparse, gc, json, platform, statistics, sys, time
 from functools import partial
 from pathlib import Path
 import torch, torch.nn.functional as F
@@ -16,6 +18,8 @@ from torch.utils.data import DataLoader
 import fastsparse
 from fastsparse import DynamicSparseTrainingCallback, RigL_presets, sparse_kernels_report, sparsify_model
 from fastsparse.kernels import isa
+from fastsparse.layers import layer_inputs
+from bench_kernels import keep_memory
 
 EVERY = 100          # steps between connectivity updates, RigL's
 
@@ -70,7 +74,20 @@ def get_learner(model_f, batch_f, opt_func, lr, n_steps, cbs=()):
     dls = DataLoaders(DataLoader([batch]*n_steps, batch_size=None), DataLoader([batch], batch_size=None))
     return Learner(dls, model, loss_func=lambda p,y: F.cross_entropy(p.float(), y), opt_func=opt_func, lr=lr, cbs=[Timer(), *cbs], default_cbs=True)
 
-def contestants(name, sparsities, n_steps, every):
+def sparseprop_learner(name, s, n_steps):
+    "The masked model with every layer swapped that SparseProp's own test finds faster; attention's projections are not for it to see."
+    from sparseprop.modules import sparsify_if_faster
+    model_f,batch_f,opt_func,skip,lr = MODELS[name]
+    learn = get_learner(model_f, batch_f, opt_func, lr, n_steps)
+    sparsify_model(learn, s, skip=skip).remove()
+    layers = {n: m for n,m in learn.model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d)) and n not in skip and not n.endswith('out_proj')}
+    seen = layer_inputs(learn.model, layers.values(), batch_f()[0])
+    for n,m in layers.items():
+        parent,_,attr = n.rpartition('.')
+        setattr(learn.model.get_submodule(parent), attr, sparsify_if_faster(m, next(iter(seen[m]))[0]))
+    return learn
+
+def contestants(name, sparsities, n_steps, every, peers):
     "Learners and the callbacks of their fits."
     model_f,batch_f,opt_func,skip,lr = MODELS[name]
     res = {'dense': (get_learner(model_f, batch_f, opt_func, lr, n_steps), ()), 'dense bf16': (get_learner(model_f, batch_f, opt_func, lr, n_steps, [BF16()]), ())}
@@ -82,6 +99,7 @@ def contestants(name, sparsities, n_steps, every):
         learn = get_learner(model_f, batch_f, opt_func, lr, n_steps)
         sparsify_model(learn, s, skip=skip)
         res[f'sparse {s:g}'] = learn,(DynamicSparseTrainingCallback(**RigL_presets, batches_per_update=every),)
+        if peers: res[f'sparseprop {s:g}'] = sparseprop_learner(name, s, n_steps),()
     return res
 
 def run_round(learn, cbs, every):
@@ -94,8 +112,8 @@ def run_round(learn, cbs, every):
     rest = [x for i,x in enumerate(t) if i > 1 and i not in (every-1, every)]
     return statistics.median(rest), update - statistics.median(rest)
 
-def measure(name, sparsities, rounds, every=6, n_steps=16):
-    cs = contestants(name, sparsities, n_steps, every)
+def measure(name, sparsities, rounds, peers, every=6, n_steps=16):
+    cs = contestants(name, sparsities, n_steps, every, peers)
     times,updates = {k: [] for k in cs},{k: [] for k in cs}
     for r in range(rounds+1):
         for k,(learn,cbs) in cs.items():
@@ -112,7 +130,7 @@ def measure(name, sparsities, rounds, every=6, n_steps=16):
         step,update = ms[k],1e3*statistics.median(updates[k])
         mean = (step*(EVERY-1) + update)/EVERY
         rows.append(dict(model=name, sparsity=s, step_ms=step, update_ms=update, amortised_ms=mean, dense_ms=dense, dense_bf16_ms=bf16, speedup=dense/mean,
-                         speedup_over_bf16=bf16/mean, update_in_dense_steps=update/dense, update_share=update/EVERY/mean, target=TARGETS[name][[.9,.95,.99].index(s)] if s in (.9,.95,.99) else None,
+                         speedup_over_bf16=bf16/mean, sparseprop_ms=ms.get(f'sparseprop {s:g}'), speedup_over_sparseprop=ms[f'sparseprop {s:g}']/mean if peers else None, update_in_dense_steps=update/dense, update_share=update/EVERY/mean, target=TARGETS[name][[.9,.95,.99].index(s)] if s in (.9,.95,.99) else None,
                          layers=sparse_kernels_report(cs[k][0]).reset_index().to_dict('records')))
     return dict(model=name, all_ms=ms, rows=rows)
 
@@ -125,10 +143,13 @@ def profile(name, s):
     with learn.no_bar(), learn.no_logging():
         learn.fit(1, cbs=cb)
     (xb,yb),opt = next(iter(learn.dls.train)),learn.opt
-    with torch.profiler.profile() as prof:
-        for _ in range(5):
+    learn.model.train()
+    def steps(n):
+        for _ in range(n):
             learn.loss_func(learn.model(xb), yb).backward()
             opt.step(); opt.zero_grad()
+    with torch.profiler.profile(): steps(10)     # its own allocations settle
+    with torch.profiler.profile() as prof: steps(5)
     print(prof.key_averages().table(sort_by='self_cpu_time_total', row_limit=25, max_name_column_width=60))
 
 def cpu_name():
@@ -154,13 +175,16 @@ def main():
     a.add_argument('--models', nargs='+', choices=MODELS, default=list(MODELS)); a.add_argument('--sparsities', nargs='+', type=float, default=[.9,.95,.99])
     a.add_argument('--threads', type=int, default=2); a.add_argument('--rounds', type=int, default=5)
     a.add_argument('--out', default='bench/results'); a.add_argument('--profile', type=float, metavar='SPARSITY')
+    a.add_argument('--peers', help='folder with sparseprop')
     a = a.parse_args()
+    keep_memory()
+    if a.peers: sys.path.append(a.peers)
     torch.set_num_threads(a.threads)
     if a.profile: return [profile(m, a.profile) for m in a.models]
     out,results = Path(a.out),[]
     out.mkdir(parents=True, exist_ok=True)
     for m in a.models:
-        results.append(measure(m, a.sparsities, a.rounds))
+        results.append(measure(m, a.sparsities, a.rounds, bool(a.peers)))
         gc.collect()
         for r in results[-1]['rows']:
             print(f"{m:12} {r['sparsity']:.0%}: {r['amortised_ms']:8.1f} ms, dense {r['dense_ms']:8.1f} (bf16 {r['dense_bf16_ms']:.1f}): {r['speedup']:.2f}× (wanted {r['target']}), "

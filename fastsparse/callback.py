@@ -166,11 +166,14 @@ class SparseKernelsCallback(Callback):
 # %% ../nbs/07_callback.ipynb #70bff993
 def sparse_kernels_report(
     learn, # A learner that has trained with `sparse_kernels` on
+    neighbours:bool=False, # Also the batch normalisation and pooling layers between sparse ones?
 ) -> pd.DataFrame: # One row per masked layer: sparsity, milliseconds of forward and backward, what was chosen and why
     "How each layer computed last, and why. Raises `ValueError` if nothing was decided yet."
     compute = vars(learn).get('sparse_compute')
     if compute is None or not compute.log: raise ValueError("no decision yet: train with `sparse_kernels='auto'` first.")
-    return pd.DataFrame(list(compute.log.values())).set_index('layer')
+    rows = list(compute.log.values())
+    if neighbours: rows += [dict(layer=n, **r) for n,r in compute.near.log.items()]
+    return pd.DataFrame(rows).set_index('layer')
 
 # %% ../nbs/07_callback.ipynb #538e45eb
 def _finite(t): return all(o.isfinite() for o in t.aminmax()) if t.numel() else True

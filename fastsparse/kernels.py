@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['kernels_available', 'why_not', 'available_isas', 'isa', 'set_isa', 'kernel_table', 'threading', 'max_threads',
-           'mask_to_csr', 'LinearPlan', 'Conv2dPlan']
+           'mask_to_csr', 'LinearPlan', 'Conv2dPlan', 'batch_norm_forward', 'batch_norm_backward', 'max_pool_forward',
+           'max_pool_backward', 'keep_freed_memory']
 
 # %% ../nbs/00_kernels.ipynb #e15a174f
 import os
@@ -231,3 +232,68 @@ class Conv2dPlan:
     def __repr__(self):
         return (f'Conv2dPlan({self.in_channels_per_group*self.groups}->{self.out_channels}, {self.kh}x{self.kw}, '
                 f'stride={self.stride}, nnz={self.nnz})')
+
+# %% ../nbs/00_kernels.ipynb #f02b1010
+def batch_norm_forward(
+    x:np.ndarray,      # (images, channels, …), float32 as all that follows
+    weight:np.ndarray, # (channels,) or None: 1
+    bias:np.ndarray,   # (channels,) or None: 0
+    eps:float,         # Added to the variance
+    mean:np.ndarray,   # (channels,), overwritten
+    var:np.ndarray,    # (channels,), overwritten: biased variance
+    out:np.ndarray,    # Shape of `x`, overwritten
+    threads:int=None   # At most so many threads; default: as many as OpenMP has
+):
+    """out = weight·(x - mean)/√(var + eps) + bias, by the statistics of `x` (1502.03167, algorithm 1).
+
+    Raises: TypeError for a wrong dtype, ValueError for a wrong shape or a channel without values."""
+    _need().batch_norm_forward(x, weight, bias, eps, mean, var, out, threads)
+
+def batch_norm_backward(
+    x:np.ndarray,       # As in `batch_norm_forward`
+    dy:np.ndarray,      # Shape of `x`
+    mean:np.ndarray,    # From `batch_norm_forward`
+    var:np.ndarray,     # From `batch_norm_forward`
+    weight:np.ndarray,  # (channels,) or None
+    eps:float,
+    dx:np.ndarray,      # Shape of `x`, overwritten; None: not wanted
+    dweight:np.ndarray, # (channels,), overwritten
+    dbias:np.ndarray,   # (channels,), overwritten
+    threads:int=None    # At most so many threads; default: as many as OpenMP has
+):
+    "Gradients of `batch_norm_forward`, through the statistics too"
+    _need().batch_norm_backward(x, dy, mean, var, weight, eps, dx, dweight, dbias, threads)
+
+# %% ../nbs/00_kernels.ipynb #d4a06e41
+def max_pool_forward(
+    x:np.ndarray,     # (images, channels, height, width), float32
+    kernel:tuple,     # Height and width of a window, of at most 255 pixels
+    stride:tuple,     # Vertical and horizontal
+    padding:tuple,    # Rows above and below, columns left and right; at most half a window
+    out:np.ndarray,   # (images, channels, (height+2·padding-kernel)//stride+1, …), overwritten
+    index:np.ndarray, # Shape of `out`, uint8, overwritten: which pixel of its window was taken, row by row
+    threads:int=None  # At most so many threads; default: as many as OpenMP has
+):
+    """Largest value of every window.
+
+    Raises: TypeError for a wrong dtype, ValueError for a wrong shape or an impossible window."""
+    _need().max_pool_forward(x, kernel, stride, padding, out, index, threads)
+
+def max_pool_backward(
+    dy:np.ndarray,    # Shape of the pooled images, float32
+    index:np.ndarray, # From `max_pool_forward`
+    kernel:tuple,
+    stride:tuple,
+    padding:tuple,
+    dx:np.ndarray,    # (images, channels, height, width), overwritten
+    threads:int=None  # At most so many threads; default: as many as OpenMP has
+):
+    "Gradient of `max_pool_forward`: each `dy` goes to the pixel that was taken"
+    _need().max_pool_backward(dy, index, kernel, stride, padding, dx, threads)
+
+# %% ../nbs/00_kernels.ipynb #ad52f1d5
+def keep_freed_memory(
+    on:bool # Keep it? `False`: back to normal, and what is unused goes back to the system
+)->bool: # Could that be chosen? Only with glibc, and not where its variables (`MALLOC_MMAP_MAX_`, `MALLOC_TRIM_THRESHOLD_`, `GLIBC_TUNABLES`) are set
+    "Let the process keep the memory of freed tensors, instead of clearing fresh pages at every step"
+    return _kernels is not None and _kernels.keep_freed_memory(on)

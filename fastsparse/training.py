@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from .layers import (LinearGeometry, SparseConv2d, SparseLinear, active_index, compress, conv_geometry, csr_from_index, csr_from_mask, dense_weight, expand,
                                gather, hold_interrupts, interleaved_ms, is_compressed, measure_layer, pad_mode, plan_for, replace_storage, run_backward,
                                run_forward, say_once, scatter, sparse_apply, training_step, why_dense, why_not_compress)
+from .neighbours import Neighbours, use_torch
 from .score import call_score, gradient_magnitude, opt_slots, random_score
 from .topology import SparseParam, n_true, sparse_params, top_k_index, top_k_mask
 
@@ -507,8 +508,9 @@ class SparseCompute:
         self.model,self.opt,self.mode,self.threshold,self.dense_grad = model,opt,mode,threshold,dense_grad
         self.cache = cache or TimingCache()
         self.inputs,self.log,self.handles,self.chosen = {},{},[],[]
-        self.settled = False
+        self.settled,self.keeps_memory = False,False
         expand_model(model, opt)
+        self.near = Neighbours(model, self.cache if mode == 'auto' else None)
         if mode is True: self._insist()
         elif not kernels.kernels_available(): say_once(kernels.why_not())
 
@@ -537,6 +539,7 @@ class SparseCompute:
         for p in self._masked():
             if isinstance(p.module, _projection): continue       # seen through its attention
             self.handles.append(p.module.register_forward_pre_hook(self._see, with_kwargs=True))
+        self.near.watch()
 
     def _see(self, m, args, kwargs):
         x = args[0] if args else kwargs.get('input', kwargs.get('query'))
@@ -547,6 +550,7 @@ class SparseCompute:
     def _unwatch(self):
         for h in self.handles: h.remove()
         self.handles = []
+        self.near.unwatch()
 
     def _decide(self, p):
         "A row of the report."
@@ -567,6 +571,12 @@ class SparseCompute:
         self.log = {p.name: r for p,r in rows.items()}
         self.chosen = [p for p,r in rows.items() if r['chosen'] == 'sparse']
         self.settled = True
+        if self.chosen: self._speed_up_the_rest()
+
+    def _speed_up_the_rest(self, names=None):
+        "What stands between sparse layers: batch normalisation, pooling, memory."
+        self.near.use_kernels(names)
+        self.keeps_memory = kernels.keep_freed_memory(True)
 
     def sparse(self):
         "Swap the chosen layers in."
@@ -590,18 +600,21 @@ class SparseCompute:
     def stop(self):
         "Swap out for good."
         self.dense()
+        use_torch(self.model)
+        if self.keeps_memory: kernels.keep_freed_memory(False)
         self.let_go()
 
     def let_go(self):
         "Keep nothing but the report."
         self._unwatch()
+        self.near.let_go()
         self.model,self.opt,self.dense_grad,self.inputs,self.chosen = None,None,None,{},[]
 
     def state_dict(self) -> dict:
         "What a resumed run needs to decide alike from its first batch on."
         names = {m: n for n,m in self.model.named_modules()}
         return dict(inputs={names[m]: [list(shape), need] for m,(shape,need) in self.inputs.items()},
-                    chosen=[p.name for p in self.chosen], log=self.log, settled=self.settled)
+                    chosen=[p.name for p in self.chosen], log=self.log, settled=self.settled, near=self.near.chosen)
 
     def load_state_dict(self, sd:dict):
         "Take up a run's decisions."
@@ -610,3 +623,4 @@ class SparseCompute:
         self.chosen = [p for p in self._masked() if p.name in sd['chosen']]
         self.log,self.settled = sd['log'],sd['settled']
         if not self.settled: self.watch()
+        elif self.chosen: self._speed_up_the_rest(sd.get('near', []))

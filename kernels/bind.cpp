@@ -1,4 +1,5 @@
 // Python's side: every array is checked here, so that nothing below can be reached with a wrong one.
+#include "neighbours.h"
 #include "plan.h"
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -184,6 +185,90 @@ void conv_backward(const Conv2dPlan& p, const py::array& x, const py::array& dy,
     p.backward(xp, gp, i.n, i.h, i.w, vp, dxp, dvp, t);
 }
 
+Images images_of(const py::array& x) {
+    if (x.ndim() < 2) throw py::value_error("x has " + std::to_string(x.ndim()) + " dimensions, expected (images, channels, ...)");
+    const i64 n = x.shape(0), c = x.shape(1);
+    return {n, c, n * c > 0 ? x.size() / (n * c) : 0};
+}
+
+// Any shape, as long as it is x's.
+const float* like(const py::array& a, const char* name, const py::array& x) {
+    check<float>(a, name, "float32");
+    if (shape_of(a) != shape_of(x)) throw py::value_error(std::string(name) + " has shape " + text(shape_of(a)) + ", expected " + text(shape_of(x)));
+    return static_cast<const float*>(a.data());
+}
+
+float* out_like(py::array& a, const char* name, const py::array& x) {
+    like(a, name, x);
+    if (!a.writeable()) throw py::value_error(std::string(name) + " is read-only");
+    return static_cast<float*>(a.mutable_data());
+}
+
+void norm_forward(const py::array& x, const py::object& weight, const py::object& bias, double eps, py::array& mean, py::array& var,
+                  py::array& out, const py::object& threads) {
+    const float* xp = like(x, "x", x);
+    const Images s = images_of(x);
+    if (s.n * s.pixels == 0) throw py::value_error("x has no values in a channel");
+    const float *wp = optional_input(weight, "weight", {s.channels}), *bp = optional_input(bias, "bias", {s.channels});
+    float *mp = output(mean, "mean", {s.channels}), *vp = output(var, "var", {s.channels}), *op = out_like(out, "out", x);
+    const int t = threads_of(threads);
+    py::gil_scoped_release nogil;
+    batch_norm_forward(s, xp, wp, bp, eps, mp, vp, op, t);
+}
+
+void norm_backward(const py::array& x, const py::array& dy, const py::array& mean, const py::array& var, const py::object& weight, double eps,
+                   const py::object& dx, py::array& dweight, py::array& dbias, const py::object& threads) {
+    const float *xp = like(x, "x", x), *gp = like(dy, "dy", x);
+    const Images s = images_of(x);
+    const float *mp = input(mean, "mean", {s.channels}), *vp = input(var, "var", {s.channels}), *wp = optional_input(weight, "weight", {s.channels});
+    float *dwp = output(dweight, "dweight", {s.channels}), *dbp = output(dbias, "dbias", {s.channels}), *dxp = nullptr;
+    if (!dx.is_none()) { py::array d = py::cast<py::array>(dx); dxp = out_like(d, "dx", x); }
+    const int t = threads_of(threads);
+    py::gil_scoped_release nogil;
+    batch_norm_backward(s, xp, gp, mp, vp, wp, eps, dxp, dwp, dbp, t);
+}
+
+Pool pool_of(Pair kernel, Pair stride, Pair padding, i64 h, i64 w) {
+    const Pool p{kernel.first, kernel.second, stride.first, stride.second, padding.first, padding.second};
+    for (i64 side : {p.kh, p.kw, p.sh, p.sw, p.ph + 1, p.pw + 1, h, w})
+        if (side < 1 || side > std::numeric_limits<i32>::max() / 4) throw py::value_error("a pooling window of this size, stride or padding is not possible");
+    if (p.kh > 255 || p.kw > 255 || p.kh * p.kw > 255) throw py::value_error("windows of more than 255 pixels are not supported");
+    if (2 * p.ph > p.kh || 2 * p.pw > p.kw) throw py::value_error("padding must be at most half the window");
+    if (h + 2 * p.ph < p.kh || w + 2 * p.pw < p.kw) throw py::value_error("the image is smaller than the window");
+    return p;
+}
+
+template <class A> uint8_t* bytes_of(A& a, const char* name, Want want) {
+    check<uint8_t>(a, name, "uint8");
+    check_shape(a, name, want);
+    return const_cast<uint8_t*>(static_cast<const uint8_t*>(a.data()));
+}
+
+void pool_forward(const py::array& x, Pair kernel, Pair stride, Pair padding, py::array& out, py::array& index, const py::object& threads) {
+    const Image i = image_of(x, "x");
+    const i64 c = x.shape(1);
+    const Pool p = pool_of(kernel, stride, padding, i.h, i.w);
+    const float* xp = like(x, "x", x);
+    float* op = output(out, "out", {i.n, c, p.out_h(i.h), p.out_w(i.w)});
+    uint8_t* ip = bytes_of(index, "index", {i.n, c, p.out_h(i.h), p.out_w(i.w)});
+    const int t = threads_of(threads);
+    py::gil_scoped_release nogil;
+    max_pool_forward(p, xp, i.n * c, i.h, i.w, op, ip, t);
+}
+
+void pool_backward(const py::array& dy, const py::array& index, Pair kernel, Pair stride, Pair padding, py::array& dx, const py::object& threads) {
+    const Image i = image_of(dx, "dx");
+    const i64 c = dx.shape(1);
+    const Pool p = pool_of(kernel, stride, padding, i.h, i.w);
+    const float* gp = input(dy, "dy", {i.n, c, p.out_h(i.h), p.out_w(i.w)});
+    const uint8_t* ip = bytes_of(index, "index", {i.n, c, p.out_h(i.h), p.out_w(i.w)});
+    if (std::any_of(ip, ip + index.size(), [&](uint8_t t) { return t >= p.kh * p.kw; })) throw py::value_error("index points out of the window");
+    float* dxp = out_like(dx, "dx", dx);
+    const int t = threads_of(threads);
+    py::gil_scoped_release nogil;
+    max_pool_backward(p, gp, ip, i.n * c, i.h, i.w, dxp, t);
+}
+
 py::list kernel_table() {
     py::list out;
     for (const Isa* i : available_isas())
@@ -214,6 +299,12 @@ PYBIND11_MODULE(_kernels, m) {
     m.def("kernel_table", kernel_table);
     m.def("threading", threading);
     m.def("max_threads", max_threads);
+    m.def("keep_freed_memory", keep_freed_memory, "on"_a);
+    m.def("batch_norm_forward", &norm_forward, "x"_a, "weight"_a.none(true), "bias"_a.none(true), "eps"_a, "mean"_a, "var"_a, "out"_a, "threads"_a = py::none());
+    m.def("batch_norm_backward", &norm_backward, "x"_a, "dy"_a, "mean"_a, "var"_a, "weight"_a.none(true), "eps"_a, "dx"_a.none(true), "dweight"_a, "dbias"_a,
+          "threads"_a = py::none());
+    m.def("max_pool_forward", &pool_forward, "x"_a, "kernel"_a, "stride"_a, "padding"_a, "out"_a, "index"_a, "threads"_a = py::none());
+    m.def("max_pool_backward", &pool_backward, "dy"_a, "index"_a, "kernel"_a, "stride"_a, "padding"_a, "dx"_a, "threads"_a = py::none());
     py::class_<LinearPlan>(m, "LinearPlan")
         .def(py::init(&make_linear), "indptr"_a, "indices"_a, "n_rows"_a, "n_cols"_a)
         .def_property_readonly("n_rows", &LinearPlan::rows)

@@ -76,6 +76,14 @@ struct Isa {
     void (*spread)(const float* src, i64 n, i64 step, float* dst);             // dst[j*step] = src[j]
     void (*zip)(const float* a, const float* b, i64 n, float* dst);            // dst[2j] = a[j], dst[2j+1] = b[j]
     void (*stream)(const float* src, i64 n, float* dst);                       // a copy past the caches
+    // Batch normalisation, float by float; s1 and s2 collect, all others hold a channel's number for each of its floats.
+    void (*moments)(const float* x, i64 n, const float* shift, float* s1, float* s2);                       // x + shift and its square
+    void (*normalise)(const float* x, i64 n, const float* shift, const float* a, const float* b, float* y);  // y = a*(x + shift) + b
+    void (*grad_moments)(const float* x, const float* dy, i64 n, const float* shift, float* s1, float* s2);  // dy and dy*(x + shift)
+    void (*norm_grad)(const float* x, const float* dy, i64 n, const float* shift, const float* a, const float* b, const float* c,
+                      float* dx);                                              // dx = a*dy + b*(x + shift) + c
+    // out[i], tap[i] = the largest src[offset[t] + i] and its t; n is a multiple of 16
+    void (*pool_row)(const float* src, const i64* offset, i64 taps, i64 n, float* out, float* tap);
 
     const Kernel& find(Op op, int rows, int cols, bool unit) const;
 };
@@ -100,6 +108,9 @@ private:
     void take(i64 floats);
     float* p_; size_t bytes_;
 };
+
+// Let the process keep what tensors free, or no longer; false where that can't be chosen.
+bool keep_freed_memory(bool on);
 
 // Runs body(ctx, task, slot) for every task on the OpenMP threads that the process already has; slot < threads.
 using TaskFn = void (*)(void* ctx, i64 task, int slot);

@@ -34,6 +34,12 @@ struct V {
         const __m256d s = _mm256_castps_pd(_mm256_shuffle_ps(a.v, b.v, 0x88));
         return {_mm256_castpd_ps(_mm256_permute4x64_pd(s, 0xd8))};
     }
+    // best and won become v and place in the lanes where v is larger, or NaN.
+    static void keep_larger(V v, V place, V& best, V& won) {
+        const __m256 m = _mm256_or_ps(_mm256_cmp_ps(v.v, best.v, _CMP_GT_OQ), _mm256_cmp_ps(v.v, v.v, _CMP_UNORD_Q));
+        best.v = _mm256_blendv_ps(best.v, v.v, m);
+        won.v = _mm256_blendv_ps(won.v, place.v, m);
+    }
     static void fence() { _mm_sfence(); }
     static __m256 pair(__m256 a, __m256 b) { return _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b)); }
     static __m256 quad(const float* b) {

@@ -38,6 +38,12 @@ struct V {
         const __m512i i = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
         return {_mm512_permutex2var_ps(a.v, i, b.v)};
     }
+    // best and won become v and place in the lanes where v is larger, or NaN.
+    static void keep_larger(V v, V place, V& best, V& won) {
+        const __mmask16 m = _mm512_cmp_ps_mask(v.v, best.v, _CMP_GT_OQ) | _mm512_cmp_ps_mask(v.v, v.v, _CMP_UNORD_Q);
+        best.v = _mm512_mask_mov_ps(best.v, m, v.v);
+        won.v = _mm512_mask_mov_ps(won.v, m, place.v);
+    }
     static void fence() { _mm_sfence(); }
     static __m512 pair(__m512 a, __m512 b) { return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)); }
     static __m512 quad(const float* b) {

@@ -34,6 +34,12 @@ struct V {
     static V fma(V a, V b, V c) { return {vfmaq_f32(c.v, a.v, b.v)}; }
     static void stream(float* p, V a) { vst1q_f32(p, a.v); }
     static V even(V a, V b) { return {vuzp1q_f32(a.v, b.v)}; }
+    // best and won become v and place in the lanes where v is larger, or NaN.
+    static void keep_larger(V v, V place, V& best, V& won) {
+        const uint32x4_t m = vorrq_u32(vcgtq_f32(v.v, best.v), vmvnq_u32(vceqq_f32(v.v, v.v)));
+        best.v = vbslq_f32(m, v.v, best.v);
+        won.v = vbslq_f32(m, place.v, won.v);
+    }
     static void fence() {}
     static V reduce(const float* b) {
         return {vpaddq_f32(vpaddq_f32(vld1q_f32(b), vld1q_f32(b + 4)), vpaddq_f32(vld1q_f32(b + 8), vld1q_f32(b + 12)))};

@@ -25,6 +25,11 @@ struct V {
     static V fma(V a, V b, V c) { for (int i = 0; i < 4; ++i) c.f[i] += a.f[i] * b.f[i]; return c; }
     static void stream(float* p, V a) { store(p, a); }
     static V even(V a, V b) { return {{a.f[0], a.f[2], b.f[0], b.f[2]}}; }
+    // best and won become v and place in the lanes where v is larger, or NaN.
+    static void keep_larger(V v, V place, V& best, V& won) {
+        for (int i = 0; i < 4; ++i)
+            if (v.f[i] > best.f[i] || v.f[i] != v.f[i]) { best.f[i] = v.f[i]; won.f[i] = place.f[i]; }
+    }
     static void fence() {}
     static V reduce(const float* b) {
         V s;

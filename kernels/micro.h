@@ -283,6 +283,50 @@ static void accumulate(const float* src, i64 n, float* dst) {
     for (; i < n; ++i) dst[i] += src[i];
 }
 
+// f(position, vector of floats, floats) along n floats.
+template <class F> static inline void each_vector(i64 n, F&& f) {
+    i64 i = 0;
+    for (; i + V::W <= n; i += V::W) f(i, [&](const float* p) { return V::load(p + i); }, [&](float* p, V v) { V::store(p + i, v); });
+    const i64 rest = n - i;
+    if (rest) f(i, [&](const float* p) { return V::load_first(p + i, rest); }, [&](float* p, V v) { V::store_first(p + i, v, rest); });
+}
+
+static void moments(const float* x, i64 n, const float* shift, float* s1, float* s2) {
+    each_vector(n, [&](i64, auto load, auto store) {
+        const V d = V::add(load(x), load(shift));
+        store(s1, V::add(load(s1), d));
+        store(s2, V::fma(d, d, load(s2)));
+    });
+}
+
+static void normalise(const float* x, i64 n, const float* shift, const float* a, const float* b, float* y) {
+    each_vector(n, [&](i64, auto load, auto store) { store(y, V::fma(load(a), V::add(load(x), load(shift)), load(b))); });
+}
+
+static void grad_moments(const float* x, const float* dy, i64 n, const float* shift, float* s1, float* s2) {
+    each_vector(n, [&](i64, auto load, auto store) {
+        const V g = load(dy);
+        store(s1, V::add(load(s1), g));
+        store(s2, V::fma(g, V::add(load(x), load(shift)), load(s2)));
+    });
+}
+
+static void norm_grad(const float* x, const float* dy, i64 n, const float* shift, const float* a, const float* b, const float* c, float* dx) {
+    each_vector(n, [&](i64, auto load, auto store) {
+        store(dx, V::fma(load(a), load(dy), V::fma(load(b), V::add(load(x), load(shift)), load(c))));
+    });
+}
+
+// The last NaN of a window wins, else the first maximum.
+static void pool_row(const float* src, const i64* offset, i64 taps, i64 n, float* out, float* tap) {
+    for (i64 i = 0; i < n; i += V::W) {
+        V best = V::load(src + offset[0] + i), won = V::zero();
+        for (i64 t = 1; t < taps; ++t) V::keep_larger(V::load(src + offset[t] + i), V::set1(float(t)), best, won);
+        V::store(out + i, best);
+        V::store(tap + i, won);
+    }
+}
+
 template <int TR, int TC, bool UNIT> struct Make {
     static constexpr Kernel spmm(const char* dt) { return {"spmm", dt, TR, TC, UNIT, &FS_NS::spmm<TR, TC, UNIT>, nullptr}; }
     static constexpr Kernel sddmm(const char* dt) { return {"sddmm", dt, TR, TC, UNIT, nullptr, &FS_NS::sddmm<TR, TC, UNIT>}; }
@@ -295,4 +339,5 @@ static constexpr Kernel table[] = {
 };
 
 static constexpr Isa isa = {FS_NAME, V::W, V::max_spmm, V::max_sddmm, table, sizeof(table) / sizeof(table[0]),
-                        &pack, &unpack, &spmv, &outer, &gather, &accumulate, &pad, &crop, &pad_every, &spread, &zip, &stream};
+                        &pack, &unpack, &spmv, &outer, &gather, &accumulate, &pad, &crop, &pad_every, &spread, &zip, &stream,
+                        &moments, &normalise, &grad_moments, &norm_grad, &pool_row};

@@ -7,6 +7,10 @@
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
+#ifdef __GLIBC__
+#include <climits>
+#include <malloc.h>
+#endif
 
 namespace fastsparse {
 namespace {
@@ -78,6 +82,23 @@ Scratch::~Scratch() {
     }
     pl.free.push_back({p_, bytes_});
     pl.held += bytes_;
+}
+
+// By default glibc returns the memory of large tensors to the system when they are freed, and clears new pages at the next
+// call: that takes longer than a sparse layer. Whoever has set its variables knows better.
+bool keep_freed_memory(bool on) {
+#ifdef __GLIBC__
+    if (std::getenv("MALLOC_MMAP_MAX_") || std::getenv("MALLOC_TRIM_THRESHOLD_") || std::getenv("GLIBC_TUNABLES")) return false;
+    constexpr int limit = 32 << 20;  // where glibc's own adaptive thresholds end
+    mallopt(M_MMAP_THRESHOLD, limit);
+    mallopt(M_MMAP_MAX, on ? 0 : 65536);
+    mallopt(M_TRIM_THRESHOLD, on ? INT_MAX : 2 * limit);
+    if (!on) malloc_trim(0);
+    return true;
+#else
+    (void)on;
+    return false;
+#endif
 }
 
 }  // namespace fastsparse
