@@ -10,6 +10,7 @@ import argparse, json, platform, time
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
 from fastai.basics import Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, accuracy, set_seed
+import fastai.callback.schedule
 from PIL import Image
 from torch import nn
 from torchvision.models.resnet import BasicBlock
@@ -26,7 +27,7 @@ def images(file):
 
 class Batches:
     "Shuffled batches; in training flipped image by image, and shifted by up to 4 pixels batch by batch."
-    def __init__(self, x, y, bs, train): self.x,self.y,self.bs,self.train,self.n = x,y,bs,train,len(x)
+    def __init__(self, x, y, bs, train): self.x,self.y,self.bs,self.train = x,y,bs,train
     def __len__(self): return len(self.x)//self.bs
     def __iter__(self):
         order = torch.randperm(len(self.x)) if self.train else torch.arange(len(self.x))

@@ -39,7 +39,7 @@ def dl_batch_sizes(
     bs = getattr(dl, 'bs', None) or getattr(dl, 'batch_size', None) or 1
     sizes,n = [bs]*len(dl),getattr(dl, 'n', None)
     if n is None and type(getattr(dl, 'batch_sampler', None)) is BatchSampler: n = len(dl.sampler)
-    if sizes and n is not None and not dl.drop_last and 0 < n - bs*(len(dl)-1) < bs: sizes[-1] = n - bs*(len(dl)-1)
+    if sizes and n is not None and not getattr(dl, 'drop_last', False) and 0 < n - bs*(len(dl)-1) < bs: sizes[-1] = n - bs*(len(dl)-1)
     return sizes
 
 # %% ../nbs/07_callback.ipynb #d0941f19
