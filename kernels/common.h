@@ -13,6 +13,7 @@ namespace fastsparse {
 
 using i32 = int32_t;
 using i64 = int64_t;
+using bf16 = uint16_t;  // the upper half of a float
 
 // A run of nonzeros that belong to one output row: entries start .. start+n of the index and value arrays.
 struct Seg { uint32_t start; i32 row, n; };
@@ -76,6 +77,8 @@ struct Isa {
     void (*spread)(const float* src, i64 n, i64 step, float* dst);             // dst[j*step] = src[j]
     void (*zip)(const float* a, const float* b, i64 n, float* dst);            // dst[2j] = a[j], dst[2j+1] = b[j]
     void (*stream)(const float* src, i64 n, float* dst);                       // a copy past the caches
+    void (*widen)(const bf16* src, i64 n, float* dst);
+    void (*narrow)(const float* src, i64 n, bf16* dst);  // to the nearest, ties to even; a NaN stays one
 
     const Kernel& find(Op op, int rows, int cols, bool unit) const;
 };
