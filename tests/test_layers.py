@@ -390,6 +390,14 @@ class TestBf16:
             a[2] = a[2][dense.weight_mask]
             for s,t in zip(a, b): torch.testing.assert_close(s, t, rtol=.03, atol=.06)
 
+    def test_bias_gradient_of_a_large_batch(self, conv):
+        "Of numbers that would get lost in a bfloat16 sum"
+        g = Conv2dGeometry(3, 3, (1,1)) if conv else LinearGeometry(3, 3)
+        dy = (1+torch.rand((40, 3, 30, 30) if conv else (5000, 3))).bfloat16()
+        want = dy.double().sum((0,2,3) if conv else 0)
+        for t in (b16, f32): torch.testing.assert_close(g.bias_grad(dy, t).double(), want, rtol=2**-7, atol=0)
+        assert g.bias_grad(dy).dtype == b16 and g.bias_grad(dy, f32).dtype == f32
+
     def test_mixed_dtypes_raise(self, conv):
         dense,x = half_case(conv)
         with pytest.raises(TypeError, match='float32 for a weight of torch.bfloat16'): sparse_of(dense).bfloat16()(x)
