@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['kernels_available', 'why_not', 'available_isas', 'isa', 'set_isa', 'kernel_table', 'threading', 'max_threads',
-           'mask_to_csr', 'LinearPlan', 'Conv2dPlan', 'batch_norm_forward', 'batch_norm_backward', 'max_pool_forward',
-           'max_pool_backward', 'keep_freed_memory']
+           'mask_to_csr', 'bf16_to_float32', 'float32_to_bf16', 'LinearPlan', 'Conv2dPlan', 'batch_norm_forward',
+           'batch_norm_backward', 'max_pool_forward', 'max_pool_backward', 'keep_freed_memory']
 
 # %% ../nbs/00_kernels.ipynb #e15a174f
 import os
@@ -82,9 +82,34 @@ def mask_to_csr(
     np.cumsum(m.sum(1), out=indptr[1:])
     return indptr, m.nonzero()[1].astype(np.int32)
 
+# %% ../nbs/00_kernels.ipynb #b16f0002
+def bf16_to_float32(
+    bits:np.ndarray # uint16 or int16: the bits of bfloat16 numbers; C-contiguous
+)->np.ndarray: # float32, the same shape and values
+    "bfloat16 as float32"
+    out = np.empty(bits.shape, np.float32)
+    _need().widen(bits.reshape(-1), out.reshape(-1))
+    return out
+
+# %% ../nbs/00_kernels.ipynb #b16f0003
+def float32_to_bf16(
+    a:np.ndarray # float32, C-contiguous
+)->np.ndarray: # uint16: the bits
+    "float32 rounded to bfloat16: to the nearest, ties to even; denormals and NaNs stay what they are"
+    out = np.empty(a.shape, np.uint16)
+    _need().narrow(a.reshape(-1), out.reshape(-1))
+    return out
+
+# %% ../nbs/00_kernels.ipynb #b16f0005
+def _in(plan, method, dtype):
+    "The method of a compiled plan for a dtype."
+    if dtype == 'float32': return getattr(plan, method)
+    if dtype == 'bfloat16': return getattr(plan, f'{method}_bf16')
+    raise ValueError(f"dtype is {dtype!r}, expected 'float32' or 'bfloat16'")
+
 # %% ../nbs/00_kernels.ipynb #31e2adfd
 class LinearPlan:
-    "Products with a sparse (`n_rows`, `n_cols`) weight, in float32"
+    "Products with a sparse (`n_rows`, `n_cols`) weight, in float32 or bfloat16"
     def __init__(self,
         indptr:np.ndarray,  # Where each row's nonzeros start; int64, `n_rows`+1
         indices:np.ndarray, # Column of each nonzero, strictly ascending in a row; int32, nnz
@@ -110,28 +135,31 @@ class LinearPlan:
         values:np.ndarray,  # (nnz,), in the order of `weight[mask]`
         bias:np.ndarray,    # (`n_rows`,) or None
         out:np.ndarray,     # (batch, `n_rows`), overwritten
-        threads:int=None    # At most so many threads; default: as many as OpenMP has
+        threads:int=None,   # At most so many threads; default: as many as OpenMP has
+        dtype:str='float32' # Of `x` and `out`; with 'bfloat16' they are uint16 or int16, and `values` and `bias` those or float32
     ):
         "out = x @ weight.T + bias"
-        self._p.forward(x, values, bias, out, threads)
+        _in(self._p, 'forward', dtype)(x, values, bias, out, threads)
 
     def backward_input(self,
         dy:np.ndarray,     # (batch, `n_rows`)
         values:np.ndarray, # (nnz,)
         dx:np.ndarray,     # (batch, `n_cols`), overwritten
-        threads:int=None   # As in `forward`
+        threads:int=None,  # As in `forward`
+        dtype:str='float32' # As in `backward`
     ):
         "dx = dy @ weight"
-        self._p.backward(None, dy, values, dx, None, threads)
+        self.backward(None, dy, values, dx, None, threads, dtype)
 
     def backward_weight(self,
         x:np.ndarray,       # (batch, `n_cols`)
         dy:np.ndarray,      # (batch, `n_rows`)
         dvalues:np.ndarray, # (nnz,), overwritten
-        threads:int=None    # As in `forward`
+        threads:int=None,   # As in `forward`
+        dtype:str='float32' # As in `backward`
     ):
         "dvalues = (dy.T @ x)[mask]"
-        self._p.backward(x, dy, None, None, dvalues, threads)
+        self.backward(x, dy, None, None, dvalues, threads, dtype)
 
     def backward(self,
         x:np.ndarray,       # (batch, `n_cols`); may be None if `dvalues` is
@@ -139,16 +167,17 @@ class LinearPlan:
         values:np.ndarray,  # (nnz,); may be None if `dx` is
         dx:np.ndarray,      # (batch, `n_cols`), overwritten, or None if not wanted
         dvalues:np.ndarray, # (nnz,), overwritten, or None if not wanted
-        threads:int=None    # As in `forward`
+        threads:int=None,   # As in `forward`
+        dtype:str='float32' # Of `x`, `dy` and `dx`; with 'bfloat16' `values` and `dvalues` are that or float32, each for itself
     ):
         "Both gradients at once, which is cheaper than one after the other: `dy` is packed only once"
-        self._p.backward(x, dy, values, dx, dvalues, threads)
+        _in(self._p, 'backward', dtype)(x, dy, values, dx, dvalues, threads)
 
     def __repr__(self): return f'LinearPlan({self.n_rows}x{self.n_cols}, nnz={self.nnz})'
 
 # %% ../nbs/00_kernels.ipynb #137c1f0b
 class Conv2dPlan:
-    "Convolution with a sparse (`out_channels`, `in_channels_per_group`, `kh`, `kw`) weight, in float32"
+    "Convolution with a sparse (`out_channels`, `in_channels_per_group`, `kh`, `kw`) weight, in float32 or bfloat16"
     def __init__(self,
         indptr:np.ndarray,           # Where each output channel's nonzeros start; int64, `out_channels`+1
         indices:np.ndarray,          # (channel in group·`kh` + row)·`kw` + column of each nonzero, strictly ascending in a row; int32, nnz
@@ -184,28 +213,31 @@ class Conv2dPlan:
         values:np.ndarray, # (nnz,), in the order of `weight[mask]`
         bias:np.ndarray,   # (`out_channels`,) or None
         out:np.ndarray,    # (n, `out_channels`, *`out_size`), overwritten
-        threads:int=None   # At most so many threads; default: as many as OpenMP has
+        threads:int=None,  # At most so many threads; default: as many as OpenMP has
+        dtype:str='float32' # Of `x` and `out`; with 'bfloat16' they are uint16 or int16, and `values` and `bias` those or float32
     ):
         "out = conv2d(x, weight, bias)"
-        self._p.forward(x, values, bias, out, threads)
+        _in(self._p, 'forward', dtype)(x, values, bias, out, threads)
 
     def backward_input(self,
         dy:np.ndarray,     # (n, `out_channels`, *`out_size`)
         values:np.ndarray, # (nnz,)
         dx:np.ndarray,     # (n, channels, height, width), overwritten
-        threads:int=None   # As in `forward`
+        threads:int=None,  # As in `forward`
+        dtype:str='float32' # As in `backward`
     ):
         "Gradient of the input"
-        self._p.backward_input(dy, values, dx, threads)
+        self.backward(None, dy, values, dx, None, threads, dtype)
 
     def backward_weight(self,
         x:np.ndarray,       # (n, channels, height, width)
         dy:np.ndarray,      # (n, `out_channels`, *`out_size`)
         dvalues:np.ndarray, # (nnz,), overwritten
-        threads:int=None    # As in `forward`
+        threads:int=None,   # As in `forward`
+        dtype:str='float32' # As in `backward`
     ):
         "Gradient of the weight at its nonzeros"
-        self._p.backward_weight(x, dy, dvalues, threads)
+        self.backward(x, dy, None, None, dvalues, threads, dtype)
 
     def backward(self,
         x:np.ndarray,       # (n, channels, height, width); may be None if `dvalues` is
@@ -213,12 +245,14 @@ class Conv2dPlan:
         values:np.ndarray,  # (nnz,); may be None if `dx` is
         dx:np.ndarray,      # (n, channels, height, width), overwritten, or None if not wanted
         dvalues:np.ndarray, # (nnz,), overwritten, or None if not wanted
-        threads:int=None    # As in `forward`
+        threads:int=None,   # As in `forward`
+        dtype:str='float32' # Of `x`, `dy` and `dx`; with 'bfloat16' `values` and `dvalues` are that or float32, each for itself
     ):
         "Both gradients, as far as they are wanted; together they read `dy` only once where the layout allows it"
+        if dtype != 'float32': return _in(self._p, 'backward', dtype)(x, dy, values, dx, dvalues, threads)
         if dx is not None and dvalues is not None: return self._p.backward(x, dy, values, dx, dvalues, threads)
-        if dx is not None: self.backward_input(dy, values, dx, threads)
-        if dvalues is not None: self.backward_weight(x, dy, dvalues, threads)
+        if dx is not None: self._p.backward_input(dy, values, dx, threads)
+        if dvalues is not None: self._p.backward_weight(x, dy, dvalues, threads)
 
     def out_size(self,
         h:int, # Input height

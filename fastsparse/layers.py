@@ -171,7 +171,7 @@ class LinearGeometry(NamedTuple):
         return (*x_shape[:-1], self.n_rows)
 
     def batched(self, t): return (t if t.dim()==2 else t.reshape(-1, t.shape[-1])).contiguous()
-    def bias_grad(self, dy): return self.batched(dy).sum(0)
+    def bias_grad(self, dy, dtype=None): return self.batched(dy).sum(0).to(dtype or dy.dtype)
 
     def op(self, x, values, indptr, indices, bias):
         return torch.ops.fastsparse.linear(x, values, indptr, indices, bias, self.n_cols)
@@ -211,7 +211,10 @@ class Conv2dGeometry(NamedTuple):
         return (*x_shape[:-3], self.n_out, *(n//s+1 for n,s in zip(room, self.stride)))
 
     def batched(self, t): return (t if t.dim()==4 else t[None]).contiguous()
-    def bias_grad(self, dy): return self.batched(dy).sum((0,2,3))
+    def bias_grad(self, dy, dtype=None):
+        dy = self.batched(dy)
+        if dy.dtype is torch.bfloat16: return dy.flatten(2).sum(2).sum(0, dtype=dtype)  # in one go it takes PyTorch ten times as long
+        return dy.sum((0,2,3)).to(dtype or dy.dtype)
 
     def op(self, x, values, indptr, indices, bias):
         return torch.ops.fastsparse.conv2d(x, values, indptr, indices, bias, self.n_in, self.kernel, self.stride, self.padding,
@@ -266,41 +269,44 @@ def plan_for(
     return build_plan(geom, indptr, indices)
 
 # %% ../nbs/05_layers.ipynb #de835d47
-def _view(geom, t): return geom.batched(t.detach()).numpy()
+def _numpy(t): return t.detach().view(torch.int16).numpy() if t.dtype is torch.bfloat16 else t.detach().numpy()
+def _view(geom, t): return _numpy(geom.batched(t.detach()))
+def _in(t): return dict(dtype='bfloat16') if t.dtype is torch.bfloat16 else {}
 
-def _survives(plan, kernel, *args):
+def _survives(plan, kernel, *args, **kwargs):
     "Run a kernel; `False` if it fails or has failed for this structure before. A call with wrong arguments still raises."
     if plan.broken: return False
-    try: kernel(*args)
+    try: kernel(*args, **kwargs)
     except RuntimeError as e:
         plan.broken = True
         say_once(f'a kernel failed: {e}')
     return not plan.broken
 
-def _dense_backward(geom, plan, x, dy, values, x_shape, need_x, need_v):
+def _dense_backward(geom, plan, x, dy, values, x_shape, need_x, need_v, v_dtype):
     "`run_backward` by PyTorch's dense operators."
     x = (dy.new_zeros(x_shape) if x is None else x).detach().requires_grad_(need_x)
-    v = (dy.new_zeros(plan.nnz) if values is None else values).detach().requires_grad_(need_v)
-    with torch.enable_grad(): y = geom.dense(x, dense_weight(v, *plan.structure, geom.weight_shape), None)
+    v = (dy.new_zeros(plan.nnz, dtype=v_dtype) if values is None else values).detach().requires_grad_(need_v)
+    with torch.enable_grad(): y = geom.dense(x, dense_weight(v, *plan.structure, geom.weight_shape).to(x.dtype), None)
     gs = iter(torch.autograd.grad(y, [t for t,need in ((x,need_x),(v,need_v)) if need], dy))
     return next(gs) if need_x else None, next(gs) if need_v else None
 
 def _flat(plan, values):
     if values.shape != (plan.nnz,): raise RuntimeError(f'weight of shape {tuple(values.shape)} for a structure of {plan.nnz} nonzeros')
-    return values.detach().numpy()
+    return _numpy(values)
 
 # %% ../nbs/05_layers.ipynb #8383e76d
 def run_forward(
     geom,          # `LinearGeometry` or `Conv2dGeometry`
     plan,          # From `plan_for`
-    x:Tensor,      # Input, float32 on the CPU as all that follows
-    values:Tensor, # (nonzeros)
-    bias:Tensor,   # (rows) or None
-) -> Tensor:
+    x:Tensor,      # Input, float32 or bfloat16, on the CPU as all that follows
+    values:Tensor, # (nonzeros), in float32 or, if `x` is, bfloat16
+    bias:Tensor,   # (rows), likewise, or None
+) -> Tensor: # In the dtype of `x`
     "Output of the layer. Should a kernel fail, the layer computes densely from then on."
-    out,args = x.new_empty(geom.out_shape(x.shape)),(_view(geom, x), _flat(plan, values), None if bias is None else bias.detach().numpy())
-    if _survives(plan, plan.forward, *args, _view(geom, out)): return out
-    return geom.dense(x, dense_weight(values.detach(), *plan.structure, geom.weight_shape), bias)
+    out,args = x.new_empty(geom.out_shape(x.shape)),(_view(geom, x), _flat(plan, values), None if bias is None else _numpy(bias))
+    if _survives(plan, plan.forward, *args, _view(geom, out), **_in(x)): return out
+    w = dense_weight(values.detach(), *plan.structure, geom.weight_shape).to(x.dtype)
+    return geom.dense(x, w, None if bias is None else bias.to(x.dtype))
 
 # %% ../nbs/05_layers.ipynb #c6746850
 def run_backward(
@@ -312,13 +318,15 @@ def run_backward(
     x_shape:tuple, # Shape of the input; may be None without `need_x`
     need_x:bool,
     need_v:bool,
+    v_dtype=None,  # Of the weight's gradient, which is summed in float32 in any case; None: that of `values` or, without them, of `dy`
 ) -> tuple: # Gradients by the input and by the nonzero weights, None where not needed
     "Both gradients at once, for which `dy` is read once."
     dx = dy.new_empty(x_shape) if need_x else None
-    dv = dy.new_empty(plan.nnz) if need_v else None
+    v_dtype = v_dtype or (dy if values is None else values).dtype
+    dv = dy.new_empty(plan.nnz, dtype=v_dtype) if need_v else None
     ok = _survives(plan, plan.backward, _view(geom, x) if need_v else None, _view(geom, dy), _flat(plan, values) if need_x else None,
-                   _view(geom, dx) if need_x else None, dv.numpy() if need_v else None)
-    return (dx, dv) if ok else _dense_backward(geom, plan, x, dy, values, x_shape, need_x, need_v)
+                   _view(geom, dx) if need_x else None, _numpy(dv) if need_v else None, **_in(dy))
+    return (dx, dv) if ok else _dense_backward(geom, plan, x, dy, values, x_shape, need_x, need_v, v_dtype)
 
 # %% ../nbs/05_layers.ipynb #a3eb466e
 class SparseFunction(Function):
@@ -326,7 +334,7 @@ class SparseFunction(Function):
     @staticmethod
     def forward(ctx, x, values, bias, geom, plan):
         x = x.contiguous()
-        ctx.geom,ctx.plan,ctx.x_shape = geom,plan,x.shape
+        ctx.geom,ctx.plan,ctx.x_shape,ctx.dtypes = geom,plan,x.shape,(values.dtype, None if bias is None else bias.dtype)
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, values if ctx.needs_input_grad[0] else None)
         return run_forward(geom, plan, x, values, bias)
 
@@ -335,8 +343,8 @@ class SparseFunction(Function):
     def backward(ctx, dy):
         (x,values),(need_x,need_v,need_b) = ctx.saved_tensors,ctx.needs_input_grad[:3]
         dx = dv = None
-        if need_x or need_v: dx,dv = run_backward(ctx.geom, ctx.plan, x, dy.contiguous(), values, ctx.x_shape, need_x, need_v)
-        return dx, dv, ctx.geom.bias_grad(dy) if need_b else None, None, None
+        if need_x or need_v: dx,dv = run_backward(ctx.geom, ctx.plan, x, dy.contiguous(), values, ctx.x_shape, need_x, need_v, ctx.dtypes[0])
+        return dx, dv, ctx.geom.bias_grad(dy, ctx.dtypes[1]) if need_b else None, None, None
 
 # %% ../nbs/05_layers.ipynb #5af4c8ad
 @torch.library.custom_op('fastsparse::linear', mutates_args=(), device_types='cpu')
@@ -355,9 +363,9 @@ def linear_backward_input_op(dy:Tensor, values:Tensor, indptr:Tensor, indices:Te
 # %% ../nbs/05_layers.ipynb #058d9160
 @torch.library.custom_op('fastsparse::linear_backward_weight', mutates_args=(), device_types='cpu')
 def linear_backward_weight_op(x:Tensor, dy:Tensor, indptr:Tensor, indices:Tensor) -> Tensor:
-    "Weight gradient of `fastsparse::linear` at the positions of a structure."
+    "Weight gradient of `fastsparse::linear` at the positions of a structure, in float32, in which it is summed."
     geom = LinearGeometry(indptr.numel()-1, x.shape[-1])
-    return run_backward(geom, plan_for(geom, indptr, indices), x, dy, None, None, False, True)[1]
+    return run_backward(geom, plan_for(geom, indptr, indices), x, dy, None, None, False, True, torch.float32)[1]
 
 # %% ../nbs/05_layers.ipynb #694caf50
 @linear_op.register_fake
@@ -367,18 +375,19 @@ def _(x, values, indptr, indices, bias, n_cols): return x.new_empty((*x.shape[:-
 def _(dy, values, indptr, indices, n_cols): return dy.new_empty((*dy.shape[:-1], n_cols))
 
 @linear_backward_weight_op.register_fake
-def _(x, dy, indptr, indices): return x.new_empty(indices.shape)
+def _(x, dy, indptr, indices): return x.new_empty(indices.shape, dtype=torch.float32)
 
 # %% ../nbs/05_layers.ipynb #cc0bb498
 def _linear_setup(ctx, inputs, output):
     x,values,indptr,indices,bias,ctx.n_cols = inputs
+    ctx.dtypes = values.dtype,None if bias is None else bias.dtype
     ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, values if ctx.needs_input_grad[0] else None, indptr, indices)
 
 def _linear_backward(ctx, dy):
     (x,values,indptr,indices),(need_x,need_v,_,_,need_b,_) = ctx.saved_tensors,ctx.needs_input_grad
     dx = linear_backward_input_op(dy, values, indptr, indices, ctx.n_cols) if need_x else None
-    dv = linear_backward_weight_op(x, dy, indptr, indices) if need_v else None
-    return dx, dv, None, None, dy.reshape(-1, dy.shape[-1]).sum(0) if need_b else None, None
+    dv = linear_backward_weight_op(x, dy, indptr, indices).to(ctx.dtypes[0]) if need_v else None
+    return dx, dv, None, None, dy.reshape(-1, dy.shape[-1]).sum(0).to(ctx.dtypes[1]) if need_b else None, None
 
 linear_op.register_autograd(_linear_backward, setup_context=_linear_setup)
 
@@ -406,9 +415,9 @@ def conv2d_backward_input_op(dy:Tensor, values:Tensor, indptr:Tensor, indices:Te
 @torch.library.custom_op('fastsparse::conv2d_backward_weight', mutates_args=(), device_types='cpu')
 def conv2d_backward_weight_op(x:Tensor, dy:Tensor, indptr:Tensor, indices:Tensor, n_in:int, kernel:Sequence[int],
                               stride:Sequence[int], padding:Sequence[int], dilation:Sequence[int], groups:int, layout:str) -> Tensor:
-    "Weight gradient of `fastsparse::conv2d` at the positions of a structure."
+    "Weight gradient of `fastsparse::conv2d` at the positions of a structure, in float32, in which it is summed."
     geom = _conv_geometry(indptr, n_in, kernel, stride, padding, dilation, groups, layout)
-    return run_backward(geom, plan_for(geom, indptr, indices), x, dy, None, None, False, True)[1]
+    return run_backward(geom, plan_for(geom, indptr, indices), x, dy, None, None, False, True, torch.float32)[1]
 
 # %% ../nbs/05_layers.ipynb #2736141c
 @conv2d_op.register_fake
@@ -420,19 +429,20 @@ def _(dy, values, indptr, indices, height, width, n_in, kernel, stride, padding,
     return dy.new_empty((*dy.shape[:-3], n_in*groups, height, width))
 
 @conv2d_backward_weight_op.register_fake
-def _(x, dy, indptr, indices, *geom): return x.new_empty(indices.shape)
+def _(x, dy, indptr, indices, *geom): return x.new_empty(indices.shape, dtype=torch.float32)
 
 # %% ../nbs/05_layers.ipynb #4aff8a8f
 def _conv2d_setup(ctx, inputs, output):
-    x,values,indptr,indices,_,*ctx.geom = inputs
+    x,values,indptr,indices,bias,*ctx.geom = inputs
+    ctx.dtypes = values.dtype,None if bias is None else bias.dtype
     ctx.hw = x.shape[-2:]
     ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, values if ctx.needs_input_grad[0] else None, indptr, indices)
 
 def _conv2d_backward(ctx, dy):
     (x,values,indptr,indices),(need_x,need_v,_,_,need_b) = ctx.saved_tensors,ctx.needs_input_grad[:5]
     dx = conv2d_backward_input_op(dy, values, indptr, indices, *ctx.hw, *ctx.geom) if need_x else None
-    dv = conv2d_backward_weight_op(x, dy, indptr, indices, *ctx.geom) if need_v else None
-    db = dy.sum((-1,-2) if dy.dim()==3 else (0,2,3)) if need_b else None
+    dv = conv2d_backward_weight_op(x, dy, indptr, indices, *ctx.geom).to(ctx.dtypes[0]) if need_v else None
+    db = dy.sum((-1,-2) if dy.dim()==3 else (0,2,3), dtype=ctx.dtypes[1]) if need_b else None
     return dx, dv, None, None, db, *[None]*7
 
 conv2d_op.register_autograd(_conv2d_backward, setup_context=_conv2d_setup)
@@ -473,6 +483,8 @@ def say_once(
 _no_kernels = None if kernels.kernels_available() else kernels.why_not()
 _in_functorch = getattr(torch._C._functorch, 'peek_interpreter_stack', lambda: None)
 
+def _autocast(x): return torch.get_autocast_dtype('cpu') if x.is_cpu and torch.is_autocast_enabled('cpu') else None
+
 def _why_transformed():
     "Is a transform at work that would not see through the kernels?"
     if torch.compiler.is_compiling(): return None
@@ -487,7 +499,8 @@ def why_dense(
     "Why a sparse layer computes with a dense weight on this input."
     if _no_kernels: return _no_kernels
     if not (x.is_cpu and values.is_cpu): return f'tensors on {x.device.type}, the kernels run on the CPU'
-    if values.dtype is not torch.float32: return f'dtype {values.dtype}, the kernels compute in float32'
+    if values.dtype not in (torch.float32, torch.bfloat16): return f'dtype {values.dtype}, the kernels compute in float32 and bfloat16'
+    if values.dtype is torch.bfloat16 and _autocast(x) is torch.float16: return 'bfloat16 weights under float16 autocast'
     if x.is_nested: return 'nested tensor input'
     if geom.depthwise: return 'depthwise convolution, nothing to gain'
     return _why_transformed()
@@ -541,16 +554,17 @@ def sparse_apply(
 
     Raises: ValueError on a shape that does not fit, TypeError on an input dtype other than the weight's."""
     if has_torch_function_unary(x): return handle_torch_function(sparse_apply, (x,), geom, x, values, indptr, indices, bias)
-    cast = torch.is_autocast_enabled('cpu') and x.is_cpu
+    cast = _autocast(x)
     why = why_dense(geom, x, values)
     if why is not None:
         if not torch.compiler.is_compiling(): say_once(why)
         return dense_apply(geom, x, values, indptr, indices, bias)
-    if cast and x.dtype in (torch.bfloat16, torch.float16): x = x.float()
-    if x.dtype is not torch.float32: raise TypeError(f'input of {x.dtype} for a float32 weight: convert one of them with .to()')
+    dtype = torch.bfloat16 if cast is torch.bfloat16 else values.dtype
+    if cast and x.dtype in (torch.float32, torch.bfloat16, torch.float16): x = x.to(dtype)
+    if x.dtype is not dtype: raise TypeError(f'input of {x.dtype} for a weight of {values.dtype}: convert one of them with .to()')
     if _looked_through(x): y = geom.op(x, values, indptr, indices, bias)
     else: y = _eager(geom, x, values, indptr, indices, bias)
-    return y.to(torch.get_autocast_dtype('cpu')) if cast else y
+    return y.to(cast) if cast else y
 
 # %% ../nbs/05_layers.ipynb #0ff9a1e7
 def _eager(geom, x, values, indptr, indices, bias):
@@ -1003,6 +1017,7 @@ def training_step(
     wanted = [t for t in (x, *module.parameters()) if t.requires_grad]
     with torch.no_grad(): dy = torch.randn_like(module(x))
     def step():
+        if torch.is_autocast_enabled('cpu'): torch.clear_autocast_cache()  # a training step casts its weights anew
         y = module(x)
         if wanted: torch.autograd.grad(y, wanted, dy)
     return step
@@ -1014,9 +1029,9 @@ def measure_layer(
     need_dx:bool=True, # Does the layer below need a gradient?
     reps:int=7,
 ) -> dict: # 'sparse', 'dense' and for convolutions 'channels_last' → milliseconds
-    "Time one forward and backward of a sparse layer and of its dense twin."
+    "Time one forward and backward of a sparse layer and of its dense twin, in the weight's dtype or that of autocast."
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        x,dense = torch.randn(input_shape, dtype=torch.float32),sparse.to_dense()
+        x,dense = torch.randn(input_shape, dtype=sparse.weight.dtype),sparse.to_dense()
         steps = dict(sparse=training_step(sparse, x, need_dx), dense=training_step(dense, x, need_dx))
         if x.dim() == 4:
             last = torch.channels_last
@@ -1032,7 +1047,7 @@ def sparsify_conv2d_auto(
     "The sparse twin of `conv` with the layout that is faster for this input."
     twins = {v: SparseConv2d.from_dense(conv, v) for v in (True, False)}
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        ms = interleaved_ms({v: training_step(m, torch.randn(input_shape)) for v,m in twins.items()})
+        ms = interleaved_ms({v: training_step(m, torch.randn(input_shape, dtype=conv.weight.dtype)) for v,m in twins.items()})
     if verbose: print(f'over pixels {ms[True]:.3f} ms, over the batch {ms[False]:.3f} ms')
     return twins[min(ms, key=ms.get)]
 
@@ -1125,7 +1140,7 @@ def _why_keep(m, owners, threshold):
     if s < threshold: return f'sparsity below the threshold {threshold:g}'
     if not m.weight.is_cpu: return f'on {m.weight.device.type}: the kernels run on the CPU'
     if _no_kernels: return _no_kernels
-    if m.weight.dtype is not torch.float32: return f'dtype {m.weight.dtype}: the kernels compute in float32'
+    if m.weight.dtype not in (torch.float32, torch.bfloat16): return f'dtype {m.weight.dtype}: the kernels compute in float32 and bfloat16'
 
 def _pruned(m):
     "Was it pruned by `torch.nn.utils.prune`, and nothing else?"
@@ -1161,6 +1176,10 @@ def leave_fused_path(
         if isinstance(m, nn.TransformerEncoder): m.use_nested_tensor = False
 
 # %% ../nbs/05_layers.ipynb #33e3dd33
+def _dtype_note(w):
+    d = _autocast(w) or w.dtype
+    return '' if d is torch.float32 else f' in {str(d)[6:]}'
+
 def _decide(m, shapes, only_if_faster):
     "Measure one layer on the inputs it saw: its sparse twin if that wins, milliseconds dense and sparse, and why."
     sparse = SparseConv2d.from_dense(m) if isinstance(m, nn.Conv2d) else SparseLinear.from_dense(m)
@@ -1173,7 +1192,7 @@ def _decide(m, shapes, only_if_faster):
         ms = measure_layer(sparse, shape, need_dx)
         totals.update(sparse=n*ms.pop('sparse'), dense=n*min(ms.values()))
     d,s = totals['dense'],totals['sparse']
-    return sparse if s < d or not only_if_faster else None, d, s, f'{d/s:.2f}× the speed of dense'
+    return sparse if s < d or not only_if_faster else None, d, s, f'{d/s:.2f}× the speed of dense{_dtype_note(m.weight)}'
 
 # %% ../nbs/05_layers.ipynb #65359b9c
 def swap_modules_with_sparse(
@@ -1194,7 +1213,7 @@ def swap_modules_with_sparse(
     layers,owners = _places(model)
     keep = {m: skips.get(names[0]) or _why_keep(m, owners, threshold) for m,names in layers.items()}
     candidates = [m for m in layers if keep[m] is None]
-    inputs = example_inputs if example_inputs is not None else _random_inputs(input_shape)
+    inputs = example_inputs if example_inputs is not None else _random_inputs(input_shape, next((p.dtype for p in model.parameters() if p.is_floating_point()), None))
     seen = layer_inputs(model, candidates, inputs) if candidates and inputs is not None else {}
     report = SwapReport()
     for m,names in layers.items():
@@ -1206,10 +1225,10 @@ def swap_modules_with_sparse(
     return model, report
 
 # %% ../nbs/05_layers.ipynb #d6646244
-def _random_inputs(shape):
+def _random_inputs(shape, dtype):
     if shape is None: return None
     shapes = shape if isinstance(shape[0], (tuple,list)) else [shape]
-    with torch.random.fork_rng(devices=[]): return tuple(torch.randn(s) for s in shapes)
+    with torch.random.fork_rng(devices=[]): return tuple(torch.randn(s, dtype=dtype) for s in shapes)
 
 def _row(m, names, shapes, dense_ms, sparse_ms, new, why):
     shape = m.weight_shape if is_compressed(m) else tuple(m.weight.shape)

@@ -60,6 +60,47 @@ float* optional_output(const py::object& o, const char* name, Want want) {
     return output(a, name, want);
 }
 
+// numpy has no bfloat16: its bits come as 16-bit integers, and only to functions that are named for it.
+bool is_bits(const py::array& a) {
+    const py::dtype d = a.dtype();
+    return (d.kind() == 'u' || d.kind() == 'i') && d.itemsize() == 2 && (d.byteorder() == '=' || d.byteorder() == '|');
+}
+
+const bf16* bits_input(const py::array& a, const char* name, Want want) {
+    if (!is_bits(a)) throw py::type_error(std::string(name) + " is " + py::str(a.dtype()).cast<std::string>() + ", expected bfloat16 as uint16 or int16");
+    if (a.dtype().kind() == 'u') check<uint16_t>(a, name, "uint16");
+    else check<int16_t>(a, name, "int16");
+    check_shape(a, name, want);
+    return static_cast<const bf16*>(a.data());
+}
+
+bf16* bits_output(py::array& a, const char* name, Want want) {
+    bits_input(a, name, want);
+    if (!a.writeable()) throw py::value_error(std::string(name) + " is read-only");
+    return static_cast<bf16*>(a.mutable_data());
+}
+
+bf16* optional_bits(const py::object& o, const char* name, Want want) {
+    if (o.is_none()) return nullptr;
+    py::array a = py::cast<py::array>(o);
+    return bits_output(a, name, want);
+}
+
+// float32 or bfloat16, or None.
+Reals reals(const py::object& o, const char* name, Want want) {
+    if (o.is_none()) return {};
+    const py::array a = py::cast<py::array>(o);
+    if (is_bits(a)) return {nullptr, bits_input(a, name, want)};
+    return {input(a, name, want), nullptr};
+}
+
+Sums sums(const py::object& o, const char* name, Want want) {
+    if (o.is_none()) return {};
+    py::array a = py::cast<py::array>(o);
+    if (is_bits(a)) return {nullptr, bits_output(a, name, want)};
+    return {output(a, name, want), nullptr};
+}
+
 int threads_of(const py::object& t) {
     if (t.is_none()) return max_threads();
     const i64 n = t.cast<i64>();
@@ -107,6 +148,29 @@ void linear_backward(const LinearPlan& p, const py::object& x, const py::array& 
     const int t = threads_of(threads);
     py::gil_scoped_release nogil;
     p.backward(xp, gp, b, vp, dxp, dvp, t);
+}
+
+void linear_forward_bf16(const LinearPlan& p, const py::array& x, const py::array& values, const py::object& bias, py::array& out, const py::object& threads) {
+    const i64 b = batch_of(x, "x", 2);
+    const bf16* xp = bits_input(x, "x", {b, p.cols()});
+    const Reals v = reals(values, "values", {p.nnz()}), bp = reals(bias, "bias", {p.rows()});
+    bf16* op = bits_output(out, "out", {b, p.rows()});
+    const int t = threads_of(threads);
+    py::gil_scoped_release nogil;
+    forward_bf16(p, xp, b, v, bp, op, t);
+}
+
+void linear_backward_bf16(const LinearPlan& p, const py::object& x, const py::array& dy, const py::object& values, const py::object& dx,
+                          const py::object& dvalues, const py::object& threads) {
+    const i64 b = batch_of(dy, "dy", 2);
+    const bf16* gp = bits_input(dy, "dy", {b, p.rows()});
+    bf16* dxp = optional_bits(dx, "dx", {b, p.cols()});
+    const Sums dv = sums(dvalues, "dvalues", {p.nnz()});
+    const Reals v = dxp ? reals(py::cast<py::array>(values), "values", {p.nnz()}) : Reals{};
+    const bf16* xp = dvalues.is_none() ? nullptr : bits_input(py::cast<py::array>(x), "x", {b, p.cols()});
+    const int t = threads_of(threads);
+    py::gil_scoped_release nogil;
+    backward_bf16(p, xp, gp, b, v, dxp, dv, t);
 }
 
 Layout layout_of(const py::object& o) {
@@ -269,6 +333,43 @@ void pool_backward(const py::array& dy, const py::array& index, Pair kernel, Pai
     max_pool_backward(p, gp, ip, i.n * c, i.h, i.w, dxp, t);
 }
 
+void conv_forward_bf16(const Conv2dPlan& p, const py::array& x, const py::array& values, const py::object& bias, py::array& out, const py::object& threads) {
+    const Image i = image_of(x, "x");
+    const bf16* xp = bits_input(x, "x", {i.n, p.shape().ic(), i.h, i.w});
+    const Reals v = reals(values, "values", {p.nnz()}), bp = reals(bias, "bias", {p.shape().oc});
+    bf16* op = bits_output(out, "out", {i.n, p.shape().oc, p.shape().out_h(i.h), p.shape().out_w(i.w)});
+    const int t = threads_of(threads);
+    py::gil_scoped_release nogil;
+    forward_bf16(p, xp, i.n, i.h, i.w, v, bp, op, t);
+}
+
+// The image's size comes from dx or x, whichever is there.
+void conv_backward_bf16(const Conv2dPlan& p, const py::object& x, const py::array& dy, const py::object& values, const py::object& dx,
+                        const py::object& dvalues, const py::object& threads) {
+    if (dx.is_none() && dvalues.is_none()) return;
+    const Image i = image_of(py::cast<py::array>(dx.is_none() ? x : dx), dx.is_none() ? "x" : "dx");
+    const bf16* gp = bits_input(dy, "dy", {i.n, p.shape().oc, p.shape().out_h(i.h), p.shape().out_w(i.w)});
+    bf16* dxp = optional_bits(dx, "dx", {i.n, p.shape().ic(), i.h, i.w});
+    const Sums dv = sums(dvalues, "dvalues", {p.nnz()});
+    const Reals v = dxp ? reals(py::cast<py::array>(values), "values", {p.nnz()}) : Reals{};
+    const bf16* xp = dvalues.is_none() ? nullptr : bits_input(py::cast<py::array>(x), "x", {i.n, p.shape().ic(), i.h, i.w});
+    const int t = threads_of(threads);
+    py::gil_scoped_release nogil;
+    backward_bf16(p, xp, gp, i.n, i.h, i.w, v, dxp, dv, t);
+}
+
+void widen(const py::array& src, py::array& dst) {
+    const bf16* s = bits_input(src, "src", {src.size()});
+    float* d = output(dst, "dst", {src.size()});
+    current_isa().widen(s, src.size(), d);
+}
+
+void narrow(const py::array& src, py::array& dst) {
+    const float* s = input(src, "src", {src.size()});
+    bf16* d = bits_output(dst, "dst", {src.size()});
+    current_isa().narrow(s, src.size(), d);
+}
+
 py::list kernel_table() {
     py::list out;
     for (const Isa* i : available_isas())
@@ -305,13 +406,17 @@ PYBIND11_MODULE(_kernels, m) {
           "threads"_a = py::none());
     m.def("max_pool_forward", &pool_forward, "x"_a, "kernel"_a, "stride"_a, "padding"_a, "out"_a, "index"_a, "threads"_a = py::none());
     m.def("max_pool_backward", &pool_backward, "dy"_a, "index"_a, "kernel"_a, "stride"_a, "padding"_a, "dx"_a, "threads"_a = py::none());
+    m.def("widen", widen, "src"_a, "dst"_a);
+    m.def("narrow", narrow, "src"_a, "dst"_a);
     py::class_<LinearPlan>(m, "LinearPlan")
         .def(py::init(&make_linear), "indptr"_a, "indices"_a, "n_rows"_a, "n_cols"_a)
         .def_property_readonly("n_rows", &LinearPlan::rows)
         .def_property_readonly("n_cols", &LinearPlan::cols)
         .def_property_readonly("nnz", &LinearPlan::nnz)
         .def("forward", &linear_forward, "x"_a, "values"_a, "bias"_a.none(true), "out"_a, "threads"_a = py::none())
-        .def("backward", &linear_backward, "x"_a, "dy"_a, "values"_a, "dx"_a, "dvalues"_a, "threads"_a = py::none());
+        .def("backward", &linear_backward, "x"_a, "dy"_a, "values"_a, "dx"_a, "dvalues"_a, "threads"_a = py::none())
+        .def("forward_bf16", &linear_forward_bf16, "x"_a, "values"_a, "bias"_a.none(true), "out"_a, "threads"_a = py::none())
+        .def("backward_bf16", &linear_backward_bf16, "x"_a, "dy"_a, "values"_a, "dx"_a, "dvalues"_a, "threads"_a = py::none());
     py::class_<Conv2dPlan>(m, "Conv2dPlan")
         .def(py::init(&make_conv), "indptr"_a, "indices"_a, "out_channels"_a, "in_channels_per_group"_a, "kh"_a, "kw"_a, "stride"_a,
              "padding"_a, "dilation"_a, "groups"_a, "layout"_a)
@@ -319,5 +424,7 @@ PYBIND11_MODULE(_kernels, m) {
         .def("forward", &conv_forward, "x"_a, "values"_a, "bias"_a.none(true), "out"_a, "threads"_a = py::none())
         .def("backward_input", &conv_backward_input, "dy"_a, "values"_a, "dx"_a, "threads"_a = py::none())
         .def("backward_weight", &conv_backward_weight, "x"_a, "dy"_a, "dvalues"_a, "threads"_a = py::none())
-        .def("backward", &conv_backward, "x"_a, "dy"_a, "values"_a, "dx"_a, "dvalues"_a, "threads"_a = py::none());
+        .def("backward", &conv_backward, "x"_a, "dy"_a, "values"_a, "dx"_a, "dvalues"_a, "threads"_a = py::none())
+        .def("forward_bf16", &conv_forward_bf16, "x"_a, "values"_a, "bias"_a.none(true), "out"_a, "threads"_a = py::none())
+        .def("backward_bf16", &conv_backward_bf16, "x"_a, "dy"_a, "values"_a, "dx"_a, "dvalues"_a, "threads"_a = py::none());
 }

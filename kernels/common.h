@@ -13,6 +13,7 @@ namespace fastsparse {
 
 using i32 = int32_t;
 using i64 = int64_t;
+using bf16 = uint16_t;  // the upper half of a float
 
 // A run of nonzeros that belong to one output row: entries start .. start+n of the index and value arrays.
 struct Seg { uint32_t start; i32 row, n; };
@@ -84,6 +85,8 @@ struct Isa {
                       float* dx);                                              // dx = a*dy + b*(x + shift) + c
     // out[i], tap[i] = the largest src[offset[t] + i] and its t; n is a multiple of 16
     void (*pool_row)(const float* src, const i64* offset, i64 taps, i64 n, float* out, float* tap);
+    void (*widen)(const bf16* src, i64 n, float* dst);
+    void (*narrow)(const float* src, i64 n, bf16* dst);  // to the nearest, ties to even; a NaN stays one
 
     const Kernel& find(Op op, int rows, int cols, bool unit) const;
 };

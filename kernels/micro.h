@@ -327,6 +327,24 @@ static void pool_row(const float* src, const i64* offset, i64 taps, i64 n, float
     }
 }
 
+// Plain loops over integers, which the compiler turns into vectors: what they cost is memory traffic.
+static void widen(const bf16* src, i64 n, float* dst) {
+    for (i64 i = 0; i < n; ++i) {
+        const uint32_t u = (uint32_t)src[i] << 16;
+        __builtin_memcpy(dst + i, &u, 4);
+    }
+}
+
+// AVX512-BF16 has an instruction for this, but it flushes denormals, and then the result would depend on the machine.
+static void narrow(const float* src, i64 n, bf16* dst) {
+    for (i64 i = 0; i < n; ++i) {
+        uint32_t u;
+        __builtin_memcpy(&u, src + i, 4);
+        const uint32_t rounded = (u + 0x7fff + (u >> 16 & 1)) >> 16, quiet = u >> 16 | 0x40;
+        dst[i] = (bf16)((u & 0x7fffffff) > 0x7f800000 ? quiet : rounded);
+    }
+}
+
 template <int TR, int TC, bool UNIT> struct Make {
     static constexpr Kernel spmm(const char* dt) { return {"spmm", dt, TR, TC, UNIT, &FS_NS::spmm<TR, TC, UNIT>, nullptr}; }
     static constexpr Kernel sddmm(const char* dt) { return {"sddmm", dt, TR, TC, UNIT, nullptr, &FS_NS::sddmm<TR, TC, UNIT>}; }
@@ -336,8 +354,9 @@ static constexpr Kernel table[] = {
 #define KERNEL(op, dtype, tr, tc, unit) Make<tr, tc, unit>::op(#dtype),
 #include "kernels.inc"
 #undef KERNEL
+    {"widen", "bf16", 1, 1, true, nullptr, nullptr}, {"narrow", "bf16", 1, 1, true, nullptr, nullptr},
 };
 
 static constexpr Isa isa = {FS_NAME, V::W, V::max_spmm, V::max_sddmm, table, sizeof(table) / sizeof(table[0]),
                         &pack, &unpack, &spmv, &outer, &gather, &accumulate, &pad, &crop, &pad_every, &spread, &zip, &stream,
-                        &moments, &normalise, &grad_moments, &norm_grad, &pool_row};
+                        &moments, &normalise, &grad_moments, &norm_grad, &pool_row, &widen, &narrow};

@@ -83,4 +83,15 @@ private:
     mutable std::vector<std::shared_ptr<const Gather>> cache_;
 };
 
+// The same products with bfloat16 input and output: see bf16.cpp. Values, bias and their gradient are float32 or bfloat16,
+// one of the two pointers being null.
+struct Reals { const float* f; const bf16* h; };
+struct Sums { float* f; bf16* h; };
+
+void forward_bf16(const LinearPlan& p, const bf16* x, i64 batch, Reals values, Reals bias, bf16* out, int threads);
+void forward_bf16(const Conv2dPlan& p, const bf16* x, i64 n, i64 h, i64 w, Reals values, Reals bias, bf16* out, int threads);
+// Either gradient may be null.
+void backward_bf16(const LinearPlan& p, const bf16* x, const bf16* dy, i64 batch, Reals values, bf16* dx, Sums dvalues, int threads);
+void backward_bf16(const Conv2dPlan& p, const bf16* x, const bf16* dy, i64 n, i64 h, i64 w, Reals values, bf16* dx, Sums dvalues, int threads);
+
 }  // namespace fastsparse

@@ -200,6 +200,189 @@ def test_denormals_are_not_flushed(isa):
     out, dx, dv = run_linear(w, w != 0, x, np.ones((17, 3), np.float32), None)
     assert (out == x).all() and (dv > 0).all()
 
+# bfloat16: numpy has none, so its bits travel as 16-bit integers
+
+def bits(a): return K.float32_to_bf16(np.ascontiguousarray(a, np.float32))
+
+def plain_rounding(u):
+    "To the nearest, ties to even, in 64-bit integers; u: the bits of float32 numbers. NaNs keep their sign and upper payload"
+    u = u.astype(np.uint64)
+    nan = (u & 0x7fffffff) > 0x7f800000
+    return np.where(nan, u >> 16 | 0x40, (u + 0x7fff + (u >> 16 & 1)) >> 16).astype(np.uint16)
+
+@pytest.mark.parametrize('row', [k for k in K.kernel_table() if k['dtype'] == 'bf16'], ids=lambda k: f"{k['isa']}-{k['op']}")
+def test_conversions_of_the_table(row):
+    before = K.isa()
+    K.set_isa(row['isa'])
+    try: {'widen': check_widen, 'narrow': check_narrow}[row['op']]()
+    finally: K.set_isa(before)
+
+def check_widen():
+    every = np.arange(2**16, dtype=np.uint16)
+    want = every.astype(np.uint32) << 16
+    assert (K.bf16_to_float32(every).view(np.uint32) == want).all()
+    for n in range(70): assert (K.bf16_to_float32(every[16000:16000+n]).view(np.uint32) == want[16000:16000+n]).all()
+    assert (K.bf16_to_float32(every.view(np.int16)).view(np.uint32) == want).all()
+
+def check_narrow():
+    "Around every bfloat16: itself, its tie, and both neighbours of each; with that all denormals, infinities and kinds of NaN"
+    upper = np.arange(2**16, dtype=np.uint32) << 16
+    for low in (0, 1, 0x3fff, 0x7fff, 0x8000, 0x8001, 0xffff):
+        u = upper | np.uint32(low)
+        got = K.float32_to_bf16(u.view(np.float32))
+        assert (got == plain_rounding(u)).all(), low
+        ref = torch.from_numpy(u.view(np.float32)).bfloat16().view(torch.int16).numpy().view(np.uint16)
+        nan = np.isnan(u.view(np.float32))
+        assert (got[~nan] == ref[~nan]).all() and np.isnan(K.bf16_to_float32(got))[nan].all() and not np.isnan(K.bf16_to_float32(got))[~nan].any()
+    rng = np.random.default_rng(0)
+    u = rng.integers(0, 2**32, 2**20, dtype=np.uint32)
+    assert (K.float32_to_bf16(u.view(np.float32)) == plain_rounding(u)).all()
+    for n in range(70): assert (K.float32_to_bf16(u[:n].view(np.float32)) == plain_rounding(u[:n])).all()
+
+def near16(got, want, scale, exact=False):
+    "Within bfloat16's rounding of the sum of the absolute products; `exact`: float32's"
+    got = got if exact else K.bf16_to_float32(got)
+    assert got.shape == want.shape and (np.abs(got - want) <= (2e-6 if exact else 2**-8) * scale + 1e-30).all()
+
+def check16(p, conv, w, m, x, dy, bias, fp32_values, threads=None):
+    "Output and gradients of bfloat16 arguments against float64 from the same numbers"
+    x, dy = bits(x), bits(dy)
+    v, b = (w[m], bias) if fp32_values else (bits(w[m]), None if bias is None else bits(bias))
+    out, dx, dv = np.full(dy.shape, 0x7fc0, np.uint16), np.full(x.shape, 0x7fc0, np.uint16), np.full(p.nnz, np.nan, np.float32) if fp32_values else np.full(p.nnz, 0x7fc0, np.uint16)
+    kw = dict(threads=threads, dtype='bfloat16')
+    p.forward(x, v, b, out, **kw)
+    p.backward(x, dy, v, dx, dv, **kw)
+    w64 = np.zeros(w.shape); w64[m] = v if fp32_values else K.bf16_to_float32(v)
+    x64, dy64 = (K.bf16_to_float32(a).astype(np.float64) for a in (x, dy))
+    b64 = None if b is None else (b if fp32_values else K.bf16_to_float32(b)).astype(np.float64)
+    want = conv(w64, x64, dy64, b64)
+    scale = conv(np.abs(w64), np.abs(x64), np.abs(dy64), None if b is None else np.abs(b64))
+    near16(out, want[0], scale[0]); near16(dx, want[1], scale[1]); near16(dv, want[2][m], scale[2][m], fp32_values)
+    return out, dx, dv
+
+def linear64(w, x, dy, bias): return x @ w.T + (0 if bias is None else bias), dy @ w, dy.T @ x
+
+@quick
+@given(st.data())
+def test_bf16_linear_drawn(isa, data):
+    draw = data.draw
+    b, i, o = draw(st.one_of(st.sampled_from([0, 1, 3, 130, 600]), st.integers(0, 300))), draw(st.integers(1, 90)), draw(st.integers(1, 90))
+    rng = np.random.default_rng(draw(st.integers(0, 999)))
+    w, m = sparse(rng, draw(st.sampled_from([0, .01, .1, .5, 1])), o, i)
+    check16(K.LinearPlan.from_mask(m), linear64, w, m, randn(rng, b, i), randn(rng, b, o), randn(rng, o) if draw(st.booleans()) else None, draw(st.booleans()))
+
+@pytest.mark.parametrize('fp32_values', [False, True])
+@pytest.mark.parametrize('b,i,o,density', [(1025, 700, 300, .05), (2000, 3000, 40, .01), (128, 300, 200, .1), (1, 700, 300, .1)])
+def test_bf16_linear_in_many_pieces(isa, b, i, o, density, fp32_values):
+    rng = np.random.default_rng(0)
+    w, m = sparse(rng, density, o, i)
+    check16(K.LinearPlan.from_mask(m), linear64, w, m, randn(rng, b, i), randn(rng, b, o), randn(rng, o), fp32_values)
+
+def check_conv16(rng, n, h, w, cin, cout, k, density=.3, bias=True, fp32_values=False, layout=None, threads=None, **kw):
+    kw = dict(stride=(1,1), padding=(0,0,0,0), dilation=(1,1), groups=1) | kw
+    wt, m = sparse(rng, density, cout, cin//kw['groups'], *k)
+    p = K.Conv2dPlan.from_mask(m, layout=layout, **kw)
+    x, dy = randn(rng, n, cin, h, w), randn(rng, n, cout, *p.out_size(h, w))
+    return check16(p, lambda *a: conv64(*a, **kw), wt, m, x, dy, randn(rng, cout) if bias else None, fp32_values, threads)
+
+@pytest.mark.parametrize('layout', [None, 'planes', 'batch'])
+@quick
+@given(st.data())
+def test_bf16_conv_drawn(isa, layout, data):
+    draw = data.draw
+    def pair(lo, hi): return draw(st.integers(lo, hi)), draw(st.integers(lo, hi))
+    k, stride, dilation, groups = pair(1, 4), pair(1, 3), pair(1, 3), draw(st.sampled_from([1, 1, 2, 4]))
+    padding = pair(0, 4) + pair(0, 4)
+    h = max(1, dilation[0]*(k[0]-1) + 1 - sum(padding[:2])) + draw(st.integers(0, 12))
+    w = max(1, dilation[1]*(k[1]-1) + 1 - sum(padding[2:])) + draw(st.integers(0, 30))
+    check_conv16(np.random.default_rng(draw(st.integers(0, 999))), draw(st.integers(0, 35)), h, w, groups*draw(st.integers(1, 5)), groups*draw(st.integers(1, 5)), k,
+                 draw(st.sampled_from([0, .05, .3, 1])), draw(st.booleans()), draw(st.booleans()), layout, stride=stride, padding=padding, dilation=dilation, groups=groups)
+
+@pytest.mark.parametrize('layout', ['planes', 'batch'])
+@pytest.mark.parametrize('n,h,w,cin,cout,k,stride,pad', [(18, 56, 56, 40, 30, 3, 1, 1), (70, 28, 28, 24, 40, 3, 2, 1), (40, 28, 28, 80, 66, 1, 1, 0)])
+def test_bf16_conv_in_many_pieces(isa, layout, n, h, w, cin, cout, k, stride, pad):
+    check_conv16(np.random.default_rng(1), n, h, w, cin, cout, (k, k), .05, layout=layout, stride=(stride,)*2, padding=(pad,)*4)
+
+@pytest.mark.parametrize('n', [3, 20])
+def test_bf16_same_bits_for_any_number_of_threads(isa, n):
+    def run(t):
+        conv = check_conv16(np.random.default_rng(1), n, 28, 28, 20, 90, (3, 3), .03, padding=(1,)*4, threads=t)
+        rng = np.random.default_rng(12)
+        w, m = sparse(rng, .1, 900, 500)
+        return *conv, *check16(K.LinearPlan.from_mask(m), linear64, w, m, randn(rng, 60*n, 500), randn(rng, 60*n, 900), None, True, t)
+    one = run(1)
+    for t in (2, 3):
+        for a, b in zip(one, run(t)): assert a.tobytes() == b.tobytes()
+
+@pytest.mark.parametrize('wanted', ['dx', 'dvalues'])
+def test_bf16_each_gradient_alone(isa, wanted):
+    rng = np.random.default_rng(14)
+    for p, xs, ys in [(K.LinearPlan.from_mask(rng.random((30, 20)) < .3), (50, 20), (50, 30)),
+                      (K.Conv2dPlan.from_mask(rng.random((8, 5, 3, 3)) < .3, padding=(1,)*4), (7, 5, 9, 9), (7, 8, 9, 9))]:
+        x, dy, v, kw = bits(randn(rng, *xs)), bits(randn(rng, *ys)), bits(randn(rng, p.nnz)), dict(dtype='bfloat16')
+        both, alone = (np.zeros(xs, np.uint16), np.zeros(p.nnz, np.uint16)), (np.zeros(xs, np.uint16), np.zeros(p.nnz, np.uint16))
+        p.backward(x, dy, v, *both, **kw)
+        if wanted == 'dx': p.backward_input(dy, v, alone[0], **kw); assert (alone[0] == both[0]).all() and not alone[1].any()
+        else: p.backward_weight(x, dy, alone[1], **kw); assert np.abs(K.bf16_to_float32(alone[1]) - K.bf16_to_float32(both[1])).max() <= .1 and not alone[0].any()
+
+def test_bf16_inf_and_nan_pass_through(isa):
+    rng = np.random.default_rng(9)
+    m = np.ones((9, 12), bool)
+    x, dy, w = randn(rng, 20, 12), randn(rng, 20, 9), randn(rng, 9, 12)
+    x[3, 4], x[5, 6], dy[7, 8] = np.inf, np.nan, -np.inf
+    p, out, dx, dv = K.LinearPlan.from_mask(m), *(np.zeros(s, np.uint16) for s in [(20, 9), (20, 12), 108])
+    p.forward(bits(x), bits(w[m]), None, out, dtype='bfloat16')
+    p.backward(bits(x), bits(dy), bits(w[m]), dx, dv, dtype='bfloat16')
+    with np.errstate(invalid='ignore'): want = x@w.T, dy@w, (dy.T@x)[m]
+    for got, ref in zip((out, dx, dv), want): np.testing.assert_allclose(K.bf16_to_float32(got), ref, rtol=.05, atol=.2)
+
+def test_bf16_overflow_is_inf_and_denormals_stay(isa):
+    p = K.LinearPlan.from_mask(np.ones((1, 2)))
+    for a, want in [(3e38, np.inf), (1e-39, None)]:
+        out = np.zeros((17, 1), np.uint16)
+        p.forward(bits(np.full((17, 2), a)), np.ones(2, np.float32), None, out, dtype='bfloat16')
+        got = K.bf16_to_float32(out)
+        assert (got == want).all() if want else ((got > 1.9e-39) & (got < 2.1e-39)).all()
+
+def call16(**change):
+    a = dict(x=np.ones((4, 3), np.uint16), values=np.ones(3, np.uint16), bias=None, out=np.empty((4, 2), np.uint16), dtype='bfloat16') | change
+    K.LinearPlan(*linear_args()).forward(**a)
+
+@pytest.mark.parametrize('change,error,text', [
+    (dict(x=np.ones((4, 3), np.float32)), TypeError, 'bfloat16'),
+    (dict(x=np.ones((4, 3), np.float16)), TypeError, 'bfloat16'),
+    (dict(x=np.ones((4, 3), '>u2')), TypeError, 'bfloat16'),
+    (dict(x=np.ones((4, 3), np.int32)), TypeError, 'bfloat16'),
+    (dict(x=np.ones((4, 4), np.uint16)), ValueError, 'shape'),
+    (dict(x=np.ones((4, 6), np.uint16)[:, ::2]), ValueError, 'contiguous'),
+    (dict(values=np.ones(3, np.float64)), TypeError, 'float32'),
+    (dict(values=np.ones(4, np.uint16)), ValueError, 'shape'),
+    (dict(values=None), TypeError, None),
+    (dict(bias=np.ones(2, np.float16)), TypeError, 'float32'),
+    (dict(out=np.empty((4, 2), np.float32)), TypeError, 'bfloat16'),
+    (dict(out=np.empty((4, 3), np.uint16)), ValueError, 'shape'),
+    (dict(out=np.frombuffer(bytes(16), np.uint16).reshape(4, 2)), ValueError, 'read-only'),
+    (dict(threads=0), ValueError, 'threads'),
+    (dict(dtype='float16'), ValueError, 'float16'),
+    (dict(dtype='float32'), TypeError, 'float32'),
+])
+def test_bf16_a_wrong_argument_is_an_error(change, error, text):
+    with pytest.raises(error, match=text): call16(**change)
+
+def test_bf16_degenerate_sizes(isa):
+    for o, i, b in [(0, 5, 3), (5, 0, 3), (0, 0, 3), (5, 4, 0)]:
+        p = K.LinearPlan.from_mask(np.zeros((o, i)))
+        none, x, dy, out, dx = np.empty(0, np.uint16), *(np.ones(s, np.uint16) for s in [(b, i), (b, o), (b, o), (b, i)])
+        p.forward(x, none, None, out, dtype='bfloat16')
+        p.backward(x, dy, none, dx, none, dtype='bfloat16')
+        assert not out.any() and not dx.any()
+    p, dv = K.LinearPlan.from_mask(np.ones((5, 4))), np.ones(20, np.uint16)
+    p.backward_weight(np.ones((0, 4), np.uint16), np.ones((0, 5), np.uint16), dv, dtype='bfloat16')
+    assert not dv.any()
+    p, dv = K.Conv2dPlan.from_mask(np.ones((5, 4, 3, 3))), np.ones(180, np.float32)
+    p.backward_weight(np.ones((0, 4, 6, 6), np.uint16), np.ones((0, 5, 4, 4), np.uint16), dv, dtype='bfloat16')
+    assert not dv.any()
+
 # Repeatable
 
 @pytest.mark.parametrize('layout', ['planes', 'batch'])

@@ -172,7 +172,7 @@ class TestSparsePropBugs:
         assert sparse.nnz == int(dense.weight_mask.sum()) and sparse.weight.grad.count_nonzero() == sparse.nnz
         assert torch.equal(sparse.to_dense().weight_mask, dense.weight_mask)
 
-    @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16, torch.float64])
+    @pytest.mark.parametrize('dtype', [torch.float16, torch.float64])
     def test_other_dtypes_are_never_computed_in_float32(self, dtype):
         dense = masked(nn.Linear(30, 20), .3)
         sparse,dense,x = SparseLinear.from_dense(dense).to(dtype),dense.to(dtype),torch.randn(5, 30).to(dtype)
@@ -318,14 +318,175 @@ class TestFallbackIsVisible:
         _,report = swap_modules_with_sparse(dense, (3,4,6,6), threshold=0)
         assert report[0]['chosen'] == 'dense' and 'missing' in report[0]['why']
 
-    def test_autocast_returns_its_dtype_and_computes_in_float32(self):
+    def test_float16_autocast_returns_its_dtype_and_computes_in_float32(self):
         dense = masked(nn.Linear(64, 32), .3)
         sparse,x = SparseLinear.from_dense(dense),torch.randn(8, 64)
-        with torch.autocast('cpu', torch.bfloat16): y,yb = sparse(x),sparse(x.bfloat16())
-        assert y.dtype == yb.dtype == torch.bfloat16
-        assert torch.equal(y, dense(x).bfloat16()) or (y.float()-dense(x)).abs().max() < .02
+        with torch.autocast('cpu', torch.float16): y,yh = sparse(x),sparse(x.half())
+        assert y.dtype == yh.dtype == torch.float16
+        torch.testing.assert_close(y, dense(x).half())
         y.float().sum().backward()
         assert sparse.weight.grad.dtype == torch.float32
+
+def half_case(conv, bias=True, n=5):
+    "A masked layer and an input for it"
+    if conv: return masked(nn.Conv2d(6, 8, 3, stride=2, padding=1, groups=2, bias=bias), .4), torch.randn(n, 6, 9, 10)
+    return masked(nn.Linear(40, 30, bias=bias), .2), torch.randn(n, 40)
+
+def sparse_of(dense): return (SparseConv2d if isinstance(dense, nn.Conv2d) else SparseLinear).from_dense(dense)
+
+def check_half(module, dense, x, dtypes, mask=None):
+    "Output and gradients of a bfloat16 product against float64 from the bfloat16 input, within a rounding of the sum of absolute products"
+    x = x.detach().clone().requires_grad_()
+    y = module(x)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+    y.backward(dy)
+    got = [y.detach(), x.grad, module.weight.grad] + ([] if module.bias is None else [module.bias.grad])
+    module.zero_grad()
+    d64 = copy.deepcopy(dense).double()
+    for p,q in zip(d64.parameters(), (module.weight, module.bias)): p.data = (q if p.dim() == 1 or q.dim() > 1 else scatter(q, dense.weight_mask)).detach().double()
+    a64 = copy.deepcopy(d64)
+    for p in a64.parameters(): p.data.abs_()
+    x = x.detach().bfloat16().double()
+    want,scale = run(d64, x, dy.double()),run(a64, x.abs(), dy.double().abs())
+    for g,w,s,t in zip(got, want, scale, dtypes):
+        if w.dim() == dense.weight.dim() and w.shape == dense.weight.shape and g.dim() == 1: w,s = w[dense.weight_mask],s[dense.weight_mask]
+        assert g.dtype == t and g.shape == w.shape and ((g.double()-w).abs() <= 2**-8*s + 1e-30).all()
+
+b16,f32 = torch.bfloat16,torch.float32
+
+@needs_kernels
+@pytest.mark.parametrize('conv', [False, True], ids=['Linear', 'Conv2d'])
+class TestBf16:
+    @pytest.fixture(autouse=True)
+    def never_dense(self, monkeypatch):
+        def no(*args): raise AssertionError('computed densely')
+        monkeypatch.setattr(L, 'dense_apply', no)
+
+    @pytest.mark.parametrize('bias', [False, True])
+    @pytest.mark.parametrize('n', [0, 1, 3, 130])
+    def test_module(self, conv, n, bias):
+        dense,x = half_case(conv, bias, n)
+        for m in (sparse_of(dense).bfloat16(), compress(copy.deepcopy(dense)).bfloat16()): check_half(m, dense, x.bfloat16(), [b16]*4)
+
+    @pytest.mark.parametrize('n', [0, 1, 3, 130])
+    def test_autocast(self, conv, n):
+        dense,x = half_case(conv, n=n)
+        for m in (sparse_of(dense), compress(copy.deepcopy(dense))):
+            with torch.autocast('cpu', b16):
+                check_half(m, dense, x, [b16, f32, f32, f32])
+                check_half(m, dense, x.bfloat16(), [b16, b16, f32, f32])
+
+    def test_autocast_of_a_bfloat16_module(self, conv):
+        dense,x = half_case(conv)
+        with torch.autocast('cpu', b16): check_half(sparse_of(dense).bfloat16(), dense, x, [b16, f32, b16, b16])
+
+    def test_like_dense(self, conv):
+        "The dtypes of everything, and the numbers up to a rounding"
+        dense,x = half_case(conv)
+        dense.weight.data[~dense.weight_mask] = 0
+        for cast in (False, True):
+            d,m,xd = (dense,sparse_of(dense),x) if cast else (copy.deepcopy(dense).bfloat16(),sparse_of(dense).bfloat16(),x.bfloat16())
+            with torch.autocast('cpu', b16, enabled=cast): a,b = run(d, xd),run(m, xd)
+            a[2] = a[2][dense.weight_mask]
+            for s,t in zip(a, b): torch.testing.assert_close(s, t, rtol=.03, atol=.06)
+
+    def test_bias_gradient_of_a_large_batch(self, conv):
+        "Of numbers that would get lost in a bfloat16 sum"
+        g = Conv2dGeometry(3, 3, (1,1)) if conv else LinearGeometry(3, 3)
+        dy = (1+torch.rand((40, 3, 30, 30) if conv else (5000, 3))).bfloat16()
+        want = dy.double().sum((0,2,3) if conv else 0)
+        for t in (b16, f32): torch.testing.assert_close(g.bias_grad(dy, t).double(), want, rtol=2**-7, atol=0)
+        assert g.bias_grad(dy).dtype == b16 and g.bias_grad(dy, f32).dtype == f32
+
+    def test_mixed_dtypes_raise(self, conv):
+        dense,x = half_case(conv)
+        with pytest.raises(TypeError, match='float32 for a weight of torch.bfloat16'): sparse_of(dense).bfloat16()(x)
+        with pytest.raises(TypeError, match='bfloat16 for a weight of torch.float32'): sparse_of(dense)(x.bfloat16())
+        with torch.autocast('cpu', b16), pytest.raises(TypeError, match='float64'): sparse_of(dense)(x.double())
+
+    @pytest.mark.filterwarnings('ignore')
+    @pytest.mark.parametrize('cast', [False, True])
+    def test_compile_and_operator(self, conv, cast):
+        dense,x = half_case(conv)
+        m,x = (sparse_of(dense),x) if cast else (sparse_of(dense).bfloat16(),x.bfloat16())
+        with torch.autocast('cpu', b16, enabled=cast):
+            torch._dynamo.reset()
+            for a,b in zip(run(torch.compile(m, backend='aot_eager', fullgraph=True), x), run(m, x)): torch.testing.assert_close(a, b, rtol=.02, atol=.05)
+            with FlopCounterMode(display=False) as counter: y = m(x)
+        assert counter.get_total_flops() == 2*m.nnz*y.numel()//(8 if conv else 30)
+        v = m.weight
+        args = x.bfloat16(),v,m.indptr,m.indices,m.bias
+        y = m.geometry.op(*args)
+        ga,gb = (torch.autograd.grad(f(), (v, m.bias), torch.ones_like(y)) for f in (lambda: m.geometry.op(*args), lambda: L._eager(m.geometry, *args[:2], *args[2:])))
+        for a,b in zip(ga, gb): assert a.dtype == b.dtype == v.dtype and torch.allclose(a, b, rtol=.01, atol=.02)
+
+    def test_opcheck(self, conv):
+        dense,x = half_case(conv)
+        m = sparse_of(dense).bfloat16()
+        g,x = m.geometry,x.bfloat16().requires_grad_()
+        rest = (g.n_in, g.kernel, g.stride, g.padding, g.dilation, g.groups, g.layout) if conv else (g.n_cols,)
+        torch.library.opcheck(torch.ops.fastsparse.conv2d if conv else torch.ops.fastsparse.linear, (x, m.weight, m.indptr, m.indices, m.bias, *rest),
+                              test_utils=('test_schema', 'test_faketensor', 'test_aot_dispatch_dynamic'), rtol=.02, atol=.05)
+
+    def test_double_backward_raises(self, conv):
+        dense,x = half_case(conv)
+        x = x.bfloat16().requires_grad_()
+        g, = torch.autograd.grad(sparse_of(dense).bfloat16()(x).pow(2).sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match='twice|autograd'): g.sum().backward()
+
+    def test_state_dict_deepcopy_pickle_and_back(self, conv):
+        dense,x = half_case(conv)
+        x = x.bfloat16()
+        for m in (sparse_of(dense).bfloat16(), compress(copy.deepcopy(dense)).bfloat16()):
+            y,fresh = m(x),copy.deepcopy(m)
+            fresh.weight.data.zero_()
+            fresh.load_state_dict(m.state_dict())
+            for c in (fresh, copy.deepcopy(m), pickle.loads(pickle.dumps(m))): assert c.weight.dtype == b16 and torch.equal(c(x), y)
+        assert expand(m).weight.dtype == b16 and m.weight.shape == dense.weight.shape
+        torch.testing.assert_close(m(x), y, rtol=.02, atol=.02)
+
+    def test_strided_input_and_single_image(self, conv):
+        dense,x = half_case(conv)
+        m,x = sparse_of(dense).bfloat16(),x.bfloat16()
+        want = m(x)
+        assert torch.equal(m(x.to(memory_format=torch.channels_last) if conv else x.T.contiguous().T), want)
+        torch.testing.assert_close(m(x[0]), want[0], rtol=.02, atol=.02)
+
+    @pytest.mark.parametrize('cast', [False, True])
+    def test_a_failing_kernel_computes_densely(self, conv, cast):
+        dense,x = half_case(conv)
+        m,x = (sparse_of(dense),x) if cast else (sparse_of(dense).bfloat16(),x.bfloat16())
+        with torch.autocast('cpu', b16, enabled=cast):
+            want = run(m, x)
+            plan_for(m.geometry, m.indptr, m.indices).broken = True
+            for a,b in zip(run(m, x), want): assert a.dtype == b.dtype and torch.allclose(a, b, rtol=.02, atol=.05)
+
+    def test_training_follows_dense(self, conv):
+        dense,x = half_case(conv, n=16)
+        m = compress(copy.deepcopy(dense)).bfloat16()
+        opt,losses = torch.optim.SGD(m.parameters(), lr=.1),[]
+        for _ in range(20):
+            loss = (m(x.bfloat16()).float()-1).pow(2).mean()
+            opt.zero_grad(); loss.backward(); opt.step()
+            losses.append(loss.item())
+        assert losses[-1] < .8*losses[0] and m.weight.dtype == b16
+
+    def test_selection_measures_in_this_dtype(self, conv, monkeypatch):
+        dense,x = half_case(conv)
+        seen = []
+        def timed(steps, reps=7, budget=1.):
+            for f in steps.values(): f()
+            return {k: 1. if k == 'sparse' else 2. for k in steps}
+        def step(module, x, need_dx=True):
+            seen.append((x.dtype, module(x).dtype))
+            return training_step(module, x, need_dx)
+        monkeypatch.setattr(L, 'interleaved_ms', timed); monkeypatch.setattr(L, 'training_step', step)
+        _,report = swap_modules_with_sparse(nn.Sequential(copy.deepcopy(dense).bfloat16()), tuple(x.shape), threshold=0)
+        assert set(seen) == {(b16, b16)} and report[0]['chosen'] == 'sparse' and report[0]['why'] == '2.00× the speed of dense in bfloat16'
+        seen.clear()
+        with torch.autocast('cpu', b16): _,report = swap_modules_with_sparse(nn.Sequential(dense), tuple(x.shape), threshold=0)
+        assert set(seen) == {(f32, b16)} and 'in bfloat16' in report[0]['why']
+        if conv: assert sparsify_conv2d_auto(copy.deepcopy(dense).bfloat16(), tuple(x.shape)).weight.dtype == b16
 
 class TestStructure:
     @fast

@@ -24,6 +24,22 @@ struct Buffer {  // exactly as long as asked for, so that a sanitizer sees every
     float* data() { return p.get(); }
 };
 
+// The same numbers in bfloat16, of which the float buffer keeps no more than that.
+struct Half {
+    std::unique_ptr<bf16[]> p; i64 n;
+    explicit Half(i64 n) : p(new bf16[size_t(n)]), n(n) { std::fill(p.get(), p.get() + n, bf16(0x7fc0)); }
+    explicit Half(Buffer& b) : Half(b.n) {
+        current_isa().narrow(b.data(), n, data());
+        current_isa().widen(data(), n, b.data());
+    }
+    bf16* data() { return p.get(); }
+    Buffer floats() {
+        Buffer b(n, false);
+        current_isa().widen(data(), n, b.data());
+        return b;
+    }
+};
+
 struct Mask {
     i64 rows, cols;
     std::vector<i64> indptr{0};
@@ -39,9 +55,10 @@ struct Mask {
 };
 
 int failures = 0;
+constexpr double rounding = 1. / 256;  // of bfloat16
 
-void compare(const char* what, Buffer& got, const std::vector<double>& want, i64 terms) {
-    const double eps = 1e-5 + 2e-7 * std::sqrt(double(terms)) * 8;
+void compare(const char* what, Buffer&& got, const std::vector<double>& want, i64 terms, double rounding = 0) {
+    const double eps = 1e-5 + 2e-7 * std::sqrt(double(terms)) * 8 + rounding;
     for (i64 i = 0; i < got.n; ++i)
         if (!(std::fabs(got[i] - want[size_t(i)]) <= eps * (1 + std::fabs(want[size_t(i)])))) {
             std::printf("%s[%lld]: %g, expected %g (%s)\n", what, (long long)i, double(got[i]), want[size_t(i)], current_isa().name);
@@ -53,10 +70,11 @@ void compare(const char* what, Buffer& got, const std::vector<double>& want, i64
 double density() { static const double d[] = {0, .02, .1, .3, 1}; return d[draw(0, 4)]; }
 
 void linear(int threads) {
-    const i64 b = draw(0, 150), rows = draw(1, 260), cols = draw(1, 260);
+    const i64 b = draw(0, 150) * (threads == 2 ? 8 : 1), rows = draw(1, 260), cols = draw(1, 260);
     const Mask m(rows, cols, density());
     const LinearPlan plan(m.indptr.data(), rows + 1, m.idx.data(), m.nnz(), rows, cols);
     Buffer x(b * cols), v(m.nnz()), bias(rows), dy(b * rows), out(b * rows, false), dx(b * cols, false), dv(m.nnz(), false);
+    Half x16(x), v16(v), dy16(dy);
     std::vector<double> ro(size_t(out.n)), rx(size_t(dx.n)), rv(size_t(dv.n));
     for (i64 n = 0; n < b; ++n)
         for (i64 r = 0; r < rows; ++r) {
@@ -70,9 +88,15 @@ void linear(int threads) {
         }
     plan.forward(x.data(), b, v.data(), bias.data(), out.data(), threads);
     plan.backward(x.data(), dy.data(), b, v.data(), dx.data(), dv.data(), threads);
-    compare("linear out", out, ro, cols);
-    compare("linear dx", dx, rx, rows);
-    compare("linear dvalues", dv, rv, b);
+    compare("linear out", std::move(out), ro, cols);
+    compare("linear dx", std::move(dx), rx, rows);
+    compare("linear dvalues", std::move(dv), rv, b);
+    Half out16(b * rows), dx16(b * cols), dv16(m.nnz());
+    forward_bf16(plan, x16.data(), b, {nullptr, v16.data()}, {bias.data(), nullptr}, out16.data(), threads);
+    backward_bf16(plan, x16.data(), dy16.data(), b, {v.data(), nullptr}, dx16.data(), {nullptr, dv16.data()}, threads);
+    compare("linear out bf16", out16.floats(), ro, cols, rounding);
+    compare("linear dx bf16", dx16.floats(), rx, rows, rounding);
+    compare("linear dvalues bf16", dv16.floats(), rv, b, rounding);
 }
 
 void conv(int threads) {
@@ -85,6 +109,7 @@ void conv(int threads) {
     const Layout layouts[] = {Layout::automatic, Layout::planes, Layout::batch};
     const Conv2dPlan plan(m.indptr.data(), s.oc + 1, m.idx.data(), m.nnz(), s, layouts[draw(0, 2)]);
     Buffer x(n * s.ic() * h * w), v(m.nnz()), bias(s.oc), dy(n * s.oc * oh * ow), out(dy.n, false), dx(x.n, false), dv(m.nnz(), false);
+    Half x16(x), v16(v), dy16(dy), bias16(bias);
     std::vector<double> ro(size_t(out.n)), rx(size_t(dx.n)), rv(size_t(dv.n));
     for (i64 i = 0; i < n; ++i)
         for (i64 o = 0; o < s.oc; ++o)
@@ -102,14 +127,23 @@ void conv(int threads) {
                 }
             }
     plan.forward(x.data(), n, h, w, v.data(), bias.data(), out.data(), threads);
-    if (draw(0, 1)) plan.backward(x.data(), dy.data(), n, h, w, v.data(), dx.data(), dv.data(), threads);
+    const bool both = draw(0, 1);
+    if (both) plan.backward(x.data(), dy.data(), n, h, w, v.data(), dx.data(), dv.data(), threads);
     else {
         plan.backward_input(dy.data(), n, h, w, v.data(), dx.data(), threads);
         plan.backward_weight(x.data(), dy.data(), n, h, w, dv.data(), threads);
     }
-    compare("conv out", out, ro, s.icg * taps);
-    compare("conv dx", dx, rx, s.oc * taps);
-    compare("conv dvalues", dv, rv, n * oh * ow);
+    compare("conv out", std::move(out), ro, s.icg * taps);
+    compare("conv dx", std::move(dx), rx, s.oc * taps);
+    compare("conv dvalues", std::move(dv), rv, n * oh * ow);
+    Half out16(n * s.oc * oh * ow), dx16(n * s.ic() * h * w);
+    Buffer dv32(m.nnz(), false);
+    forward_bf16(plan, x16.data(), n, h, w, {v.data(), nullptr}, {nullptr, bias16.data()}, out16.data(), threads);
+    backward_bf16(plan, x16.data(), dy16.data(), n, h, w, {nullptr, v16.data()}, dx16.data(), both ? Sums{dv32.data(), nullptr} : Sums{}, threads);
+    if (!both) backward_bf16(plan, x16.data(), dy16.data(), n, h, w, {}, nullptr, {dv32.data(), nullptr}, threads);
+    compare("conv out bf16", out16.floats(), ro, s.icg * taps, rounding);
+    compare("conv dx bf16", dx16.floats(), rx, s.oc * taps, rounding);
+    compare("conv dvalues bf16", std::move(dv32), rv, n * oh * ow);
 }
 
 template <class E, class F> void must_throw(const char* what, F&& f) {
