@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SET_presets', 'SNFS_presets', 'RigL_presets', 'dl_batch_sizes', 'borrowed_slots', 'only_validates', 'KernelSwitch',
-           'SparseKernelsCallback', 'sparse_kernels_report', 'pack_bits', 'unpack_bits', 'n_bits',
+           'SparseKernelsCallback', 'sparse_kernels_report', 'pack_bits', 'unpack_bits', 'add_bits', 'n_bits',
            'DynamicSparseTrainingCallback', 'Sparsity', 'EverActive']
 
 # %% ../nbs/07_callback.ipynb #ab246743
@@ -189,6 +189,14 @@ def unpack_bits(
 ) -> torch.Tensor: # Bool
     "The reverse of `pack_bits`."
     return torch.from_numpy(np.unpackbits(bits.numpy(), count=like.numel()).astype(bool)).view(like.shape).to(like.device)
+
+def add_bits(
+    bits:torch.Tensor,  # From `pack_bits`, changed in place
+    index:torch.Tensor, # int64: flat positions, distinct
+):
+    "Make entries of a packed mask true."
+    i = index.cpu().numpy()
+    np.bitwise_or.at(bits.numpy(), i >> 3, (128 >> (i & 7)).astype(np.uint8))
 
 _ones = np.unpackbits(np.arange(256, dtype=np.uint8)[:,None], axis=1).sum(1)
 
@@ -385,7 +393,10 @@ class DynamicSparseTrainingCallback(Callback):
         grown = dict(zip(dense, set_masks(dense, [m for m in masks if m is not None], opt, off_mask_slots=self._every_grad)))
         with hold_interrupts(): grown.update({p: self.plans[p.name].commit() for p in ps if p.name in self.plans})
         grown.update(zip(large, set_positions(large, positions, opt)))
-        for p in ps: self.seen[p.name] |= pack_bits(p.mask)
+        for p in ps:
+            fresh = self.plans[p.name].fresh if p.name in self.plans else None
+            if fresh is not None and 32*len(fresh) < p.n_weights: add_bits(self.seen[p.name], fresh)
+            else: self.seen[p.name] |= pack_bits(p.mask)
         self.kernels.stale = True
         self.updates.append(dict(step=self.i_step-1, fraction=fraction, names=[p.name for p in ps+large], before=before,
                                  after=[p.n_active for p in ps+large], grown=[grown[p] for p in ps+large]))

@@ -382,7 +382,7 @@ def _grad_blocks(geom, uses):
         if one: yield first, torch.mm(uses[0][1][:,first:last].t(), uses[0][0], out=room[:last-first])
         else: yield first, _grad_rows(geom, uses, first, last)
 
-def _grid_floor(geom, uses, mask, k, side=256):
+def _grid_floor(geom, uses, mask, k, side=192):
     "A floor from the gradient on a grid of a Linear's weight: one small product."
     if not isinstance(geom, LinearGeometry) or mask.numel() < 16*side**2: return None
     a,b = (max(1, n//side) | 1 for n in mask.shape)

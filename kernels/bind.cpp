@@ -225,6 +225,16 @@ void pick_active(const py::array& g, const py::array& indptr, const py::array& i
     pick(gp, ptr, rows, cols, idx, op);
 }
 
+py::array_t<i64> ranks_of(const py::array& sorted, const py::array& queries, const py::object& threads) {
+    const i64 *a = vector_of<i64>(sorted, "sorted", "int64"), *q = vector_of<i64>(queries, "queries", "int64");
+    py::array_t<i64> out(queries.size());
+    i64* o = out.mutable_data();
+    const int t = threads_of(threads);
+    py::gil_scoped_release nogil;
+    ranks(a, sorted.size(), q, queries.size(), o, t);
+    return out;
+}
+
 py::tuple regrown(const py::array& indptr, const py::array& indices, i64 cols, const py::array& kept, const py::array& fresh) {
     const i64 *ptr = vector_of<i64>(indptr, "indptr", "int64"), *fp = vector_of<i64>(fresh, "fresh", "int64");
     const i32* idx = vector_of<i32>(indices, "indices", "int32");
@@ -274,6 +284,7 @@ PYBIND11_MODULE(_kernels, m) {
     m.def("max_threads", max_threads);
     m.def("collect", &collect_above, "g"_a, "taken"_a, "floor"_a, "pos"_a, "val"_a, "threads"_a = py::none());
     m.def("pick", &pick_active, "g"_a, "indptr"_a, "indices"_a, "out"_a);
+    m.def("ranks", &ranks_of, "sorted"_a, "queries"_a, "threads"_a = py::none());
     m.def("regrow", &regrown, "indptr"_a, "indices"_a, "cols"_a, "kept"_a, "fresh"_a);
     py::class_<LinearPlan>(m, "LinearPlan")
         .def(py::init(&make_linear), "indptr"_a, "indices"_a, "n_rows"_a, "n_cols"_a)

@@ -59,6 +59,17 @@ i64 collect(const float* g, const uint8_t* taken, i64 n, float floor, i32* pos, 
     return total;
 }
 
+void ranks(const i64* sorted, i64 n, const i64* queries, i64 m, i64* out, int threads) {
+    constexpr i64 part = 1 << 16;
+    parallel_for(ceil_div(m, part), threads, [&](i64 p, int) {
+        i64 at = std::upper_bound(sorted, sorted + n, queries[p * part]) - sorted;
+        for (i64 i = p * part; i < std::min(m, (p + 1) * part); ++i) {
+            while (at < n && sorted[at] <= queries[i]) ++at;
+            out[i] = at;
+        }
+    });
+}
+
 void pick(const float* g, const i64* indptr, i64 rows, i64 cols, const i32* indices, float* out) {
     for (i64 r = 0; r < rows; ++r)
         for (i64 k = indptr[r]; k < indptr[r + 1]; ++k) {

@@ -11,6 +11,9 @@ i64 collect(const float* g, const uint8_t* taken, i64 n, float floor, i32* pos, 
 // out[k] = |g[row, indices[k]]| for the entries k of some rows; indptr starts at the first of them.
 void pick(const float* g, const i64* indptr, i64 rows, i64 cols, const i32* indices, float* out);
 
+// out[i] = how many of `sorted` are at most queries[i]; both ascend.
+void ranks(const i64* sorted, i64 n, const i64* queries, i64 m, i64* out, int threads);
+
 // The structure after an update. `kept` says which entries stay; `fresh` are flat positions of new ones, ascending.
 struct Regrown {
     std::vector<i64> indptr, dropped;  // dropped: flat positions
