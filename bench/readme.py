@@ -55,8 +55,11 @@ def memory():
     res = []
     if d is not None:
         s = d['settings']
-        res.append(f"**Memory** that training adds, {s['model']}, {s['optimizer']}, {pct(s['sparsity'])} sparse: {d['sparse']['steady']:.0f} MiB between updates and {d['sparse']['peak']:.0f} MiB at the peak of an update, "
-                   f"against {d['dense']['steady']:.0f} and {d['dense']['peak']:.0f} MiB dense ({d['share']['steady']:.0%} and {d['share']['peak']:.0%}; measured resident, masks and everything the kernels keep included).")
+        d,s,share = {k: {n: d[k][n] for n in ('state', 'resident')} for k in ('dense', 'sparse')},d['settings'],d['share']
+        def all_of(n): return (f"{d['sparse'][n]['steady']:.0f} MiB between updates and {d['sparse'][n]['peak']:.0f} MiB at the peak of an update, against {d['dense'][n]['steady']:.0f} and "
+                               f"{d['dense'][n]['peak']:.0f} MiB dense ({share[n]['steady']:.0%} and {share[n]['peak']:.0%})")
+        res.append(f"**Memory** that training adds, {s['model']}, {s['optimizer']}, {pct(s['sparsity'])} sparse. Weights, gradients and optimizer state alone: {all_of('state')}. "
+                   f"Measured resident, with activations, masks and everything the kernels keep: {all_of('resident')}.")
     if l is not None:
         r = next(r for r in l['runs'] if r['method'] == 'rigl' and r['opt'] == 'adam')
         s = l['settings']

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['SET_presets', 'SNFS_presets', 'RigL_presets', 'dl_batch_sizes', 'borrowed_slots', 'only_validates', 'KernelSwitch',
-           'SparseKernelsCallback', 'sparse_kernels_report', 'DynamicSparseTrainingCallback', 'Sparsity', 'EverActive']
+           'SparseKernelsCallback', 'sparse_kernels_report', 'pack_bits', 'unpack_bits', 'add_bits', 'n_bits',
+           'DynamicSparseTrainingCallback', 'Sparsity', 'EverActive']
 
 # %% ../nbs/07_callback.ipynb #ab246743
 import warnings, weakref
 from contextlib import contextmanager
-import pandas as pd, torch
+import numpy as np, pandas as pd, torch
 from torch.utils.data import BatchSampler
 from fastcore.basics import patch
 from fastcore.foundation import L
@@ -178,6 +179,35 @@ def sparse_kernels_report(
 # %% ../nbs/07_callback.ipynb #538e45eb
 def _finite(t): return all(o.isfinite() for o in t.aminmax()) if t.numel() else True
 
+# %% ../nbs/07_callback.ipynb #61d0b1c5
+def pack_bits(
+    mask:torch.Tensor, # Bool, any shape
+) -> torch.Tensor: # uint8 on the CPU, 8 entries in each
+    "A mask in an eighth of its memory."
+    return torch.from_numpy(np.packbits(mask.cpu().numpy().reshape(-1)))
+
+def unpack_bits(
+    bits:torch.Tensor, # From `pack_bits`
+    like:torch.Tensor, # A tensor of the mask's shape, on its device
+) -> torch.Tensor: # Bool
+    "The reverse of `pack_bits`."
+    return torch.from_numpy(np.unpackbits(bits.numpy(), count=like.numel()).astype(bool)).view(like.shape).to(like.device)
+
+def add_bits(
+    bits:torch.Tensor,  # From `pack_bits`, changed in place
+    index:torch.Tensor, # int64: flat positions, distinct
+):
+    "Make entries of a packed mask true."
+    i = index.cpu().numpy()
+    np.bitwise_or.at(bits.numpy(), i >> 3, (128 >> (i & 7)).astype(np.uint8))
+
+_ones = np.unpackbits(np.arange(256, dtype=np.uint8)[:,None], axis=1).sum(1)
+
+def n_bits(bits:torch.Tensor) -> int:
+    "How many entries of a packed mask are true."
+    return int(np.bincount(bits.numpy(), minlength=256) @ _ones)
+
+
 # %% ../nbs/07_callback.ipynb #1d458643
 class DynamicSparseTrainingCallback(Callback):
     "Prune and grow the connections of a sparsified model while it trains. Leave it out, and sparsity is static."
@@ -213,12 +243,17 @@ class DynamicSparseTrainingCallback(Callback):
 
     def _reset(self):
         self._sample(False)
-        self.updates,self.ever_active,self.off_mask,self.pending,self.wants_dense_grad = [],{},{},False,False
+        self.updates,self.seen,self.off_mask,self.pending,self.wants_dense_grad = [],{},{},False,False
         self._forget_plans()
 
     def _forget_plans(self):
         for u in getattr(self, 'plans', {}).values(): u.remove()
         self.plans,self.planned_for = {},None
+
+    @property
+    def ever_active(self):
+        "Parameter name to bool mask of the connections that have been active at some time of this fit."
+        return {p.name: unpack_bits(self.seen[p.name], p.mask) for p in self._params() if p.name in self.seen}
 
     @property
     def _scores(self): return [f for f in (self.keep_score_f, self.grow_score_f, self.redistribute_f) if f is not None]
@@ -275,7 +310,7 @@ class DynamicSparseTrainingCallback(Callback):
             warnings.warn(f"connectivity will not change: no update falls into {self.n_steps} optimizer steps at batches_per_update={self.every}. Lower it.")
         self.kernels.start(self.learn, lambda p: self._every_grad and self._moves(p))
         apply_masks(self.learn.model, self.learn.opt)
-        self.ever_active = {p.name: p.mask.clone() for p in ps}
+        self.seen = {p.name: pack_bits(p.mask) for p in ps}
         self._own(ps)
 
     def _own(self, ps):
@@ -361,7 +396,10 @@ class DynamicSparseTrainingCallback(Callback):
         grown = dict(zip(dense, set_masks(dense, [m for m in masks if m is not None], opt, off_mask_slots=self._every_grad)))
         with hold_interrupts(): grown.update({p: self.plans[p.name].commit() for p in ps if p.name in self.plans})
         grown.update(zip(large, set_positions(large, positions, opt)))
-        for p in ps: self.ever_active[p.name] |= p.mask
+        for p in ps:
+            fresh = self.plans[p.name].fresh if p.name in self.plans else None
+            if fresh is not None and 32*len(fresh) < p.n_weights: add_bits(self.seen[p.name], fresh)
+            else: self.seen[p.name] |= pack_bits(p.mask)
         self.kernels.stale = True
         self.updates.append(dict(step=self.i_step-1, fraction=fraction, names=[p.name for p in ps+large], before=before,
                                  after=[p.n_active for p in ps+large], grown=[grown[p] for p in ps+large]))
@@ -389,13 +427,14 @@ class DynamicSparseTrainingCallback(Callback):
 
     def state_dict(self) -> dict:
         "All that a run has accumulated, for a checkpoint."
-        return dict(updates=self.updates, ever_active=self.ever_active, off_mask=self.off_mask, pending=self.pending, i_step=self.i_step,
+        return dict(updates=self.updates, ever_active=self.seen, off_mask=self.off_mask, pending=self.pending, i_step=self.i_step,
                     kernels=self.kernels.state_dict())
 
     def load_state_dict(self, sd:dict):
         "Take up a run's state, after `before_fit`."
         self.updates,self.pending,self.i_step = list(sd['updates']),sd['pending'],sd['i_step']
-        self.ever_active = {k: v.to(p.mask.device) for p in self._params() for k,v in sd['ever_active'].items() if k == p.name}
+        seen = {k: pack_bits(v) if v.dtype is torch.bool else v.cpu() for k,v in sd['ever_active'].items()}      # older checkpoints have bools
+        self.seen = {p.name: seen[p.name].clone() for p in self._params() if p.name in seen}
         self.kernels.load_state_dict(sd['kernels'])
         dev = {p.name: p.mask.device for p in self._params()}
         self.off_mask = {k: {s: t.to(dev[k], copy=True) for s,t in v.items()} for k,v in sd['off_mask'].items() if k in dev}
@@ -423,5 +462,5 @@ class EverActive(_ModelMetric):
     def value(self):
         ps = sparseable_params(self.learn.model) if self.learn else []
         cb = next((cb for cb in self.learn.cbs if isinstance(cb, DynamicSparseTrainingCallback)), None) if ps else None
-        seen = cb.ever_active if cb is not None else {}
-        return sum(n_true(seen[p.name]) if p.name in seen else p.n_active for p in ps)/sum(p.n_weights for p in ps) if ps else None
+        seen = cb.seen if cb is not None else {}
+        return sum(n_bits(seen[p.name]) if p.name in seen else p.n_active for p in ps)/sum(p.n_weights for p in ps) if ps else None

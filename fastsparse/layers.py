@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from fnmatch import fnmatch
-from math import prod
+from math import log, prod, sqrt
 from time import perf_counter
 from typing import NamedTuple, Optional, Sequence
 from zlib import crc32
@@ -141,15 +141,17 @@ def random_index(
     if not 0 <= k <= n: raise ValueError(f'cannot choose {k} of {n} positions')
     if n <= 4*k+64: return torch.randperm(n, generator=generator)[:k].sort().values
     got = torch.empty(0, dtype=torch.int64)
-    while (short := k-got.numel()) > 0:
-        got = _sorted_unique(torch.cat([got, torch.randint(n, (short+short//8+8,), generator=generator)]))
-    keep = torch.ones(got.numel(), dtype=torch.bool)
-    if len(got) > k: keep[random_index(len(got), len(got)-k, generator)] = False
-    return got[keep]
+    while (have := got.numel()) < k:      # as many draws as are expected to bring what is missing, and a few more
+        m = n*log((n-have)/(n-k))
+        new = torch.randint(n, (int(m + 4*sqrt(m*k/n)) + 8,), generator=generator)
+        got = _sorted_unique(new if not have else torch.cat([got, new]))
+    if len(got) == k: return got
+    return torch.from_numpy(np.delete(got.numpy(), random_index(len(got), len(got)-k, generator).numpy()))
 
 def _sorted_unique(i):
-    i = torch.from_numpy(np.sort(i.numpy()))  # several times faster than Tensor.unique
-    return i[F.pad(i.diff() != 0, (1,0), value=True)] if len(i) else i
+    i.numpy().sort()  # several times faster than Tensor.unique
+    again = active_index(i[1:] == i[:-1])
+    return torch.from_numpy(np.delete(i.numpy(), again.numpy()+1)) if len(again) else i
 
 # %% ../nbs/05_layers.ipynb #0178447e
 class LinearGeometry(NamedTuple):

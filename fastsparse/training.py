@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['CompressedAttention', 'DenseGradFunction', 'DenseGrad', 'DenseGradLinear', 'DenseGradConv2d', 'set_dense_grad',
            'why_not_param', 'param_compressed', 'compress_param', 'expand_param', 'compress_params', 'expand_model',
-           'CompressedUpdate', 'updates_compressed', 'hide_compression', 'show_compression', 'cache_path',
-           'TimingCache', 'layer_timing', 'SparseCompute']
+           'best_vacant', 'CompressedUpdate', 'updates_compressed', 'hide_compression', 'show_compression',
+           'cache_path', 'TimingCache', 'layer_timing', 'SparseCompute']
 
 # %% ../nbs/06a_training.ipynb #2de35d24
-import json, os, platform
+import json, numpy as np, os, platform
+from functools import lru_cache
 from math import log2, prod
 from pathlib import Path
 import torch, torch.nn.functional as F
@@ -18,12 +19,12 @@ from fastcore.foundation import L
 from . import kernels
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
-from .layers import (LinearGeometry, SparseConv2d, SparseLinear, active_index, compress, conv_geometry, csr_from_index, csr_from_mask, dense_weight, expand,
+from .layers import (LinearGeometry, SparseConv2d, SparseLinear, active_index, compress, conv_geometry, csr_from_index, csr_from_mask, dense_weight, expand, flat_index,
                                gather, hold_interrupts, interleaved_ms, is_compressed, measure_layer, pad_mode, plan_for, replace_storage, run_backward,
                                run_forward, say_once, scatter, sparse_apply, training_step, why_dense, why_not_compress)
 from .neighbours import Neighbours, use_torch
 from .score import call_score, gradient_magnitude, opt_slots, random_score
-from .topology import SparseParam, n_true, sparse_params, top_k_index, top_k_mask
+from .topology import SparseParam, sampled_floor, sparse_params, top_k, top_k_index
 
 # %% ../nbs/06a_training.ipynb #f8faca1a
 class CompressedAttention(nn.MultiheadAttention):
@@ -38,10 +39,16 @@ class CompressedAttention(nn.MultiheadAttention):
         e,b = self.embed_dim,self.in_proj_bias
         if not self._packed: return F._in_projection_packed(q, k, v, self.in_proj_weight, b)
         w,ptr,idx = self.in_proj_weight,self.in_proj_weight_indptr,self.in_proj_weight_indices
-        if q is k and k is v: return sparse_apply(LinearGeometry(3*e, e), q, w, ptr, idx, b).chunk(3, dim=-1)
+        if q is k and k is v: return self._seen(q, sparse_apply(LinearGeometry(3*e, e), q, w, ptr, idx, b), 0).chunk(3, dim=-1)
         if not hasattr(self, '_thirds'): self._thirds = [_rows(ptr, idx, i*e, (i+1)*e) for i in range(3)]
-        return [sparse_apply(LinearGeometry(e, e), x, w[lo:hi], p, i, None if b is None else b[n*e:(n+1)*e])
+        return [self._seen(x, sparse_apply(LinearGeometry(e, e), x, w[lo:hi], p, i, None if b is None else b[n*e:(n+1)*e]), n*e)
                 for n,(x,(lo,hi,p,i)) in enumerate(zip((q,k,v), self._thirds))]
+
+    def _seen(self, x, y, first):
+        "Tell an update that waits for this projection's gradient what went in and what came out, as rows `first` on of it."
+        watch = vars(self).get('_watch')
+        if watch is not None: watch(x, y, first)
+        return y
 
     def forward(self, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None, average_attn_weights=True, is_causal=False):
         batched = query.dim() == 3
@@ -135,13 +142,14 @@ class DenseGradFunction(Function):
 
 # %% ../nbs/06a_training.ipynb #cb6ceafb
 def _weight_grad(geom, x, dy):
-    "Dense gradient of a layer's weight."
+    "Dense gradient of a layer's weight; that of some of its rows if `dy` has only these (a convolution without groups)."
     if isinstance(geom, LinearGeometry): return geom.batched(dy).t() @ geom.batched(x)
     t,b,l,r = geom.padding
     if (t,l) != (b,r): x,t,l = F.pad(x, (l,r,t,b)),0,0
     if x.dim() == 3: x,dy = x[None],dy[None]
-    w = x.new_empty(()).expand(geom.weight_shape)
+    w = x.new_empty(()).expand(dy.shape[1], *geom.weight_shape[1:])
     return torch.ops.aten.convolution_backward(dy, x, w, None, geom.stride, (t,l), geom.dilation, False, (0,0), geom.groups, (False,True,False))[1]
+
 
 # %% ../nbs/06a_training.ipynb #43391382
 class DenseGrad:
@@ -281,9 +289,132 @@ def expand_model(
         expand_param(p, opt)
     _settle_attention(model)
 
+# %% ../nbs/06a_training.ipynb #c011ec70
+def _native(score): return score.is_cpu and score.dtype is torch.float32 and score.is_contiguous() and kernels.kernels_available()
+
+def _collect(score, taken, floor, room):
+    "Positions in a block of scores that are not taken and reach `floor` in size, these sizes, and whether all scores are finite."
+    score,taken = score.reshape(-1),taken.reshape(-1)
+    if _native(score):
+        if len(room[0]) < len(score): room[:] = np.empty(len(score), np.int32),np.empty(len(score), np.float32)
+        pos,val = (t[:len(score)] for t in room)
+        n,finite = kernels._kernels.collect(score.numpy(), taken.numpy(), floor, pos, val)
+        return torch.from_numpy(pos[:n].astype(np.int64)), torch.from_numpy(val[:n].copy()), finite
+    size = score.abs()
+    hit = ~(size < floor)
+    finite = bool(size[hit].isfinite().all())
+    pos = active_index(hit & ~taken)
+    return pos, size[pos], finite
+
+
+# %% ../nbs/06a_training.ipynb #be57bac0
+_LEAST,_MOST = 2**16,torch.finfo(torch.float32).max
+
+def _kept_back(mask, ptr, idx, first, score, out):
+    "Put the sizes of the active positions' scores, in rows `first` on, where their values are."
+    last = first+len(score)
+    if _native(score):
+        return kernels._kernels.pick(score.numpy(), ptr[first:last+1].numpy(), idx.numpy(), out.numpy())
+    lo,hi = int(ptr[first]),int(ptr[last])
+    out[lo:hi] = score.reshape(-1)[flat_index(ptr[first:last+1]-lo, idx[lo:hi], score.shape[1])].abs()
+
+def best_vacant(
+    blocks,              # Function that gives (first row, scores of some rows) in ascending order; the same again if called again. A block is no longer needed when the next is asked for
+    mask:torch.Tensor,   # Bool (rows, columns): what is taken
+    ptr:torch.Tensor,    # Structure of the taken, int64 (rows+1)
+    idx:torch.Tensor,    # int32, one per taken
+    k:int,               # How many to choose; all vacant positions if there are fewer
+    floor:float=None,    # A guess of the lowest score that counts; `None`: from the first block
+) -> tuple: # Flat positions (int64, ascending), their scores, scores of the taken; `None` if a score is not finite
+    "The vacant positions with the highest |score|, in memory for `k`, the taken and one block. Among equals, those that come first."
+    n_vacant,cols = mask.numel()-len(idx),mask.shape[1]
+    k = min(k, n_vacant)
+    pos,val,n,active,room = [],[],0,torch.empty(len(idx), device=mask.device),[(),()]
+    for first,score in blocks():
+        taken = mask[first:first+len(score)]
+        if k == 0: floor = _MOST
+        elif floor is None: floor = _block_floor(score, taken, k/n_vacant) or 0.
+        p,v,finite = _collect(score, taken, floor, room)
+        if not finite: return None
+        _kept_back(mask, ptr, idx, first, score, active)
+        pos,val,n = [*pos, p.add_(first*cols)],[*val, v],n+len(v)
+        if n > 4*k+_LEAST:      # what is no candidate any more makes room
+            pos,val = [[t] for t in _best_of(torch.cat(pos), torch.cat(val), k)]
+            n,floor = k,max(floor, float(val[0].min()) if k else floor)
+    if n < k: return best_vacant(blocks, mask, ptr, idx, k, 0.)
+    return *(_best_of(torch.cat(pos), torch.cat(val), k) if pos else (ptr[:0], active[:0])), active
+
+def _best_of(pos, val, k):
+    best = active_index(top_k(val, k))
+    return pos[best], val[best]
+
+def _block_floor(score, taken, share):
+    score,free = score.reshape(-1),~taken.reshape(-1)
+    step = len(score)//2**15 | 1
+    sample = score[::step][free[::step]].abs()
+    floor = sampled_floor(sample, share, 1.3) if len(sample) > 2**13 else None
+    return floor if floor is not None and floor <= _MOST else None
+
+
+# %% ../nbs/06a_training.ipynb #9bad0c55
+def _grad_rows(geom, uses, first, last):
+    "Some rows of the gradient of a layer's weight, one row for each output, from all uses of the layer."
+    g,cols = None,prod(geom.weight_shape[1:])
+    for x,dy,row in uses:
+        lo,hi = max(first, row),min(last, row+dy.shape[1])
+        if lo >= hi: continue
+        part = _weight_grad(geom, x, dy if hi-lo == dy.shape[1] else dy[:,lo-row:hi-row]).reshape(hi-lo, cols)
+        if (lo,hi) != (first,last): g,part = x.new_zeros(last-first, cols) if g is None else g,F.pad(part, (0,0,lo-first,last-hi))
+        g = part if g is None else g.add_(part)
+    return g
+
+def _n_block(geom):
+    "Rows of a block: 2 MB of a Linear, which is as fast as all at once; a convolution pays for every cut, so 16 MB."
+    n_rows,*rest = geom.weight_shape
+    linear = isinstance(geom, LinearGeometry)
+    return max(1, min(n_rows, (2**19 if linear else 2**22)//max(1, prod(rest)))) if linear or geom.groups == 1 else n_rows
+
+def _grad_blocks(geom, uses):
+    n_rows,step = geom.weight_shape[0],max(1, _n_block(geom))
+    one = isinstance(geom, LinearGeometry) and len(uses) == 1 and uses[0][1].shape[1] == n_rows
+    room = torch.empty(step, geom.n_cols) if one else None      # the same memory for every block stays in the cache
+    for first in range(0, n_rows, step):
+        last = min(n_rows, first+step)
+        if one: yield first, torch.mm(uses[0][1][:,first:last].t(), uses[0][0], out=room[:last-first])
+        else: yield first, _grad_rows(geom, uses, first, last)
+
+def _grid_floor(geom, uses, mask, k, side=192):
+    "A floor from the gradient on a grid of a Linear's weight: one small product."
+    if not isinstance(geom, LinearGeometry) or mask.numel() < 16*side**2: return None
+    a,b = (max(1, n//side) | 1 for n in mask.shape)
+    rows = torch.arange(0, len(mask), a)
+    g = torch.zeros(len(rows), len(range(0, mask.shape[1], b)))
+    for x,dy,row in uses:
+        here = (rows >= row) & (rows < row+dy.shape[1])
+        g[here] += dy[:,rows[here]-row].t() @ x[:,::b]
+    return _block_floor(g, mask[::a,::b], k)
+
+
+# %% ../nbs/06a_training.ipynb #ab0de501
+def _regrow(
+    ptr:torch.Tensor,   # Structure, int64 (rows+1)
+    idx:torch.Tensor,   # int32, one per connection
+    cols:int,           # Columns of the weight
+    kept:torch.Tensor,  # Bool, one per connection: it stays
+    fresh:torch.Tensor, # int64, ascending: flat positions of the new ones
+) -> tuple: # New structure (two tensors), where each connection was before (one past the last for a new one), flat positions of the dropped
+    "A structure after an update."
+    if ptr.is_cpu and kernels.kernels_available():
+        return tuple(torch.from_numpy(a) for a in kernels._kernels.regrow(*(t.numpy() for t in (ptr, idx)), cols, *(t.numpy() for t in (kept, fresh))))
+    flat = flat_index(ptr, idx, cols)
+    stay = active_index(kept)
+    index,order = torch.cat([flat[stay], fresh]).sort()
+    return *csr_from_index(index, len(ptr)-1, cols), torch.cat([stay, torch.full_like(fresh, len(idx))])[order], flat[active_index(~kept)]
+
+
 # %% ../nbs/06a_training.ipynb #dbed7087
 class CompressedUpdate:
-    "Decides, and carries out, the update of one compressed Linear or Conv2d."
+    "Decides, and carries out, the update of one compressed Linear, Conv2d or packed attention projection."
     def __init__(self,
         p:SparseParam,   # A compressed parameter
         opt,             # Its optimizer
@@ -291,91 +422,157 @@ class CompressedUpdate:
         keep_score_f,    # Elementwise keep score
         grow_score_f,    # Elementwise grow score
         wants_grad:bool, # Does `grow_score_f` look at the gradient?
-        one_batch:bool=True, # Does a step have one backward only? Else the gradient is kept until `decide`
+        one_batch:bool=True, # Does a step have one backward only? Else what makes the gradient is kept until `decide`
         alive=lambda: True,  # Is anybody still waiting for the gradient? An interrupted run is not
     ):
         self.p,self.opt,self.k,self.keep_score_f,self.grow_score_f = p,opt,int(fraction*p.param.numel()),keep_score_f,grow_score_f
-        self.alive = alive
-        self.wants_grad,self.one_batch,self.calls,self.grad,self.grow,self.finite = wants_grad,one_batch,0,None,None,True
-        self.handle = p.module.register_forward_hook(self._forward, with_kwargs=True) if wants_grad else None
-
-    def _forward(self, m, args, kwargs, y):
-        if not (y.requires_grad and self.alive()): return
-        self.calls += 1
-        x = (args[0] if args else kwargs['input']).detach()
-        y.register_hook(lambda dy: self._backward(x, dy))
-
-    @torch.no_grad()
-    def _backward(self, x, dy):
-        m = self.p.module
-        geom = conv_geometry(m) if isinstance(m, nn.Conv2d) else LinearGeometry(m.out_features, m.in_features)
-        x,dy = x.to(m.weight.dtype),dy.to(m.weight.dtype)      # autocast may hand over others
-        g = _weight_grad(geom, pad_mode(m, x) if isinstance(m, nn.Conv2d) else x, dy.contiguous())
-        self.grad = g if self.grad is None else self.grad.add_(g)
-        self.calls -= 1
-        if self.calls == 0 and self.one_batch: self.decide()
-
-    def is_finite(self): return self.finite and (self.grad is None or all(o.isfinite() for o in self.grad.aminmax()))
+        self.alive,self.wants_grad,self.one_batch = alive,wants_grad,one_batch
+        self.calls,self.uses,self.grad,self.best,self.kept,self.finite = 0,[],None,None,None,True
+        self.handle = None
+        if wants_grad and isinstance(p.module, nn.MultiheadAttention): p.module._watch = self._use
+        elif wants_grad: self.handle = p.module.register_forward_hook(self._forward, with_kwargs=True)
 
     @property
-    def ready(self): return not self.wants_grad or self.grad is not None or self.grow is not None or not self.finite
+    def blockwise(self): return self.grow_score_f in (gradient_magnitude, random_score)
+    @property
+    def geometry(self): return conv_geometry(self.p.module) if isinstance(self.p.module, nn.Conv2d) else LinearGeometry(*self.p.mask.shape)
+    @property
+    def structure(self): return [getattr(self.p.module, f'{self.p.pname}_{n}') for n in ('indptr', 'indices')]
+    @property
+    def shape(self): return self.p.mask.shape[0], prod(self.p.mask.shape[1:])
+
+    def _forward(self, m, args, kwargs, y): self._use(args[0] if args else kwargs['input'], y)
+
+    def _use(self, x, y, first=0):
+        if not (y.requires_grad and self.alive()): return
+        self.calls += 1
+        if not self.one_batch and x.is_leaf: x = x.clone()      # a batch, whose memory may be the next one's too
+        x = x.detach()
+        y.register_hook(lambda dy: self._backward(x, dy, first))
+
+    @torch.no_grad()
+    def _backward(self, x, dy, first):
+        m,geom = self.p.module,self.geometry
+        if isinstance(m, nn.Conv2d): x = pad_mode(m, x)
+        self.uses.append((*(geom.batched(t.to(self.p.param.dtype)) for t in (x, dy)), first))      # autocast may hand over other types
+        self.calls -= 1
+        large = sum(x.numel()+dy.numel() for x,dy,_ in self.uses) > self.p.mask.numel()
+        if not self.blockwise or (large and not self.one_batch): self._add_up()
+        if self.calls == 0 and self.one_batch: self.decide()
+
+    def _add_up(self):
+        "A dense gradient in place of what makes it."
+        for use in self.uses:
+            g = _grad_rows(self.geometry, [use], 0, self.p.mask.shape[0])
+            self.grad = g if self.grad is None else self.grad.add_(g)
+        self.uses = []
+
+    def _blocks(self):
+        "Scores, a few rows at a time, and a floor."
+        (n_rows,cols),geom = self.shape,self.geometry
+        if self.grow_score_f is random_score:
+            n,state = self.p.mask.numel()-self.p.param.numel(),torch.get_rng_state()
+            def draw():
+                torch.set_rng_state(state)
+                step = max(1, 2**19//max(1, cols))
+                for first in range(0, n_rows, step): yield first, torch.rand(min(step, n_rows-first), cols).to(self.p.param.device)
+            return draw, max(0., 1-(self.k + 6*self.k**.5 + 8)/max(1, n))
+        if self.grad is not None: self._add_up()
+        if self.grad is not None: return lambda: [(0, self.grad)],None
+        n_vacant = max(1, self.p.mask.numel()-self.p.param.numel())
+        return lambda: _grad_blocks(geom, self.uses),_grid_floor(geom, self.uses, self.p.mask.view(self.shape), self.k/n_vacant)
+
+    @torch.no_grad()
+    def _look(self):
+        "All that deciding needs of the scores: the best vacant positions and the scores of the active ones."
+        if self.best is not None or not self.finite: return
+        if self.wants_grad and not (self.uses or self.grad is not None): return
+        blocks,floor = self._blocks()
+        self.best = best_vacant(blocks, self.p.mask.view(self.shape), *self.structure, self.k, floor)
+        self.finite,self.uses,self.grad = self.best is not None,[],None
+
+    def is_finite(self):
+        if self.blockwise and self.wants_grad: self._look()
+        return self.finite and (self.grad is None or all(o.isfinite() for o in self.grad.aminmax()))
+
+    @property
+    def ready(self): return not self.wants_grad or bool(self.uses) or any(o is not None for o in (self.grad, self.best, self.kept)) or not self.finite
 
     def remove(self):
         if self.handle is not None: self.handle.remove()
-
-    def _stand_in(self, g):
-        "What the grow score gets for a parameter: dense, with its gradient. The ready scores need no weights, so none are made for them."
-        if self.grow_score_f is random_score: return self.p.mask
-        like = g.view_as(g) if self.grow_score_f is gradient_magnitude else scatter(self.p.param.detach(), self.p.mask)
-        if g is not None: like.grad = g
-        return like
+        if vars(self.p.module).get('_watch') == self._use: del self.p.module._watch
 
     @torch.no_grad()
     def decide(self):
         "Which connections to drop and to grow; changes nothing. Raises `ValueError` if a score fails."
-        if self.grow is not None or not self.finite: return
-        p,g = self.p,self.grad
-        if g is not None:
-            self.finite = all(o.isfinite() for o in g.aminmax())
-            if not self.finite: return
-        like = self._stand_in(g)
+        if self.kept is not None or not self.finite: return
+        if not self.blockwise: self.finite = self.is_finite()
+        elif self.wants_grad: self._look()
+        if not self.finite: return
+        p = self.p
         keep = call_score(self.keep_score_f, p.param, self.opt, p.name, mask=torch.ones_like(p.param, dtype=torch.bool))
-        self.index = active_index(p.mask)
-        self.kept = top_k_mask(keep, len(self.index)-self.k, torch.ones_like(keep, dtype=torch.bool))
+        kept = top_k(keep, len(keep)-self.k)
+        if self.blockwise:
+            self._look()
+            self.fresh,back = self._best_of_both(active_index(~kept))
+        else: self.fresh,back = self._by_dense_score(kept)
+        kept[back] = True
+        self.kept,self.best,self.grad = kept,None,None
+
+    def _flat(self, places):
+        "Flat positions in the weight of some of its values."
+        ptr,idx = self.structure
+        return (torch.searchsorted(ptr, places, right=True)-1)*self.shape[1] + idx[places]
+
+    def _best_of_both(self, dropped):
+        "The `k` best of vacant positions and dropped connections: the positions, and which of the dropped come back."
+        pos,val,active = self.best
+        score,n = torch.cat([val, active[dropped]]),len(val)
+        top = top_k(score, self.k)
+        if self.k:
+            tied = active_index(score == score[active_index(top)].min())
+            if len(tied) > 1:      # among equals, those that come first in the weight
+                where = torch.cat([pos[tied[tied < n]], self._flat(dropped[tied[tied >= n]-n])])
+                n_in = int(top[tied].sum())
+                top[tied] = False
+                top[tied[where.argsort()[:n_in]]] = True
+        return pos[active_index(top[:n])], dropped[active_index(top[n:])]
+
+    def _by_dense_score(self, kept):
+        "The same by a score that is called with a dense parameter and its gradient."
+        p,all_places = self.p,flat_index(*self.structure, self.shape[1])
+        like = scatter(p.param.detach(), p.mask)
+        if self.grad is not None: like.grad = self.grad.view(p.mask.shape)
         free = p.mask.logical_not().view(-1)
-        free[self.index[~self.kept]] = True
-        self.grow = top_k_index(call_score(self.grow_score_f, like, self.opt, p.name, mask=p.mask), self.k, free)
-        self.grad = None
+        free[all_places[active_index(~kept)]] = True
+        grow = top_k_index(call_score(self.grow_score_f, like, self.opt, p.name, mask=p.mask), self.k, free)
+        was = p.mask.view(-1)[grow]
+        return grow[~was], torch.searchsorted(all_places, grow[was])
 
     @torch.no_grad()
     def commit(self) -> int: # New connections
         "Move the connections. The order of values is that of the new mask; who stays keeps value and slots, who is new starts at 0."
-        p,old = self.p,self.p.mask.view(-1)
-        new = old.clone()
-        new[self.index[~self.kept]] = False
-        new[self.grow] = True
-        index = active_index(new)
-        was,stays = old[index],new[self.index]
-        def moved(t):
-            res = t.new_zeros(len(index))
-            res[was] = t[stays]
-            return res
+        p,mask = self.p,self.p.mask.view(-1)
+        ptr,idx,source,dropped = _regrow(*self.structure, self.shape[1], self.kept, self.fresh)
+        def moved(t): return F.pad(t, (0,1)).index_select(0, source)
         values,slots = moved(p.param.detach()),list(opt_slots(self.opt, p.param).values())
-        ptr,idx = csr_from_index(index, p.mask.shape[0], prod(p.mask.shape[1:]))
         with hold_interrupts():
             _move_slots(slots, moved)
             replace_storage(p.param, values)
-            p.module.register_buffer('weight_indptr', ptr, persistent=False)
-            p.module.register_buffer('weight_indices', idx, persistent=False)
-            p.mask.copy_(new.view(p.mask.shape))
-        return len(index) - n_true(was)
+            for n,t in (('indptr', ptr), ('indices', idx)): p.module.register_buffer(f'{p.pname}_{n}', t, persistent=False)
+            vars(p.module).pop('_thirds', None)      # an attention's
+            mask[dropped] = False
+            mask[self.fresh] = True
+        return len(self.fresh)
+
 
 # %% ../nbs/06a_training.ipynb #e39b1e00
 def updates_compressed(
     p:SparseParam, # A masked parameter
 ) -> bool:
     "Can `p` be updated as it is, without being made dense?"
-    return param_compressed(p) and not isinstance(p.module, nn.MultiheadAttention)
+    return param_compressed(p)
+
 
 # %% ../nbs/06a_training.ipynb #94abcad7
 def _dense_opt_state(sd, opt, ps):
@@ -420,13 +617,15 @@ def cache_path() -> Path:
     return Path(base)/'timings.json'
 
 # %% ../nbs/06a_training.ipynb #0878bd28
+@lru_cache
+def _cpu():
+    try: return next(l.split(':')[1].strip() for l in open('/proc/cpuinfo') if l.startswith('model name')) + next((f" m{l.split(':')[1].strip()}" for l in open('/proc/cpuinfo') if l.startswith('model\t')), '')
+    except (OSError, StopIteration): return platform.processor() or platform.machine()
+
 def _machine():
     "What a timing depends on besides the layer."
     from fastsparse import __version__
-    cpu = platform.processor() or platform.machine()
-    try: cpu = next(l.split(':')[1].strip() for l in open('/proc/cpuinfo') if l.startswith('model name')) + next((f" m{l.split(':')[1].strip()}" for l in open('/proc/cpuinfo') if l.startswith('model\t')), '')
-    except (OSError, StopIteration): pass
-    return f"{cpu} | {kernels.isa()} | {torch.get_num_threads()} threads | torch {torch.__version__} | fastsparse {__version__}"
+    return f"{_cpu()} | {kernels.isa()} | {torch.get_num_threads()} threads | torch {torch.__version__} | fastsparse {__version__}"
 
 # %% ../nbs/06a_training.ipynb #f2eda5da
 class TimingCache:

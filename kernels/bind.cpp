@@ -1,6 +1,7 @@
 // Python's side: every array is checked here, so that nothing below can be reached with a wrong one.
 #include "neighbours.h"
 #include "plan.h"
+#include "update.h"
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -370,6 +371,73 @@ void narrow(const py::array& src, py::array& dst) {
     current_isa().narrow(s, src.size(), d);
 }
 
+// A vector that numpy owns from now on.
+template <class T> py::array_t<T> given_away(std::vector<T>&& v) {
+    auto* own = new std::vector<T>(std::move(v));
+    return py::array_t<T>(py::ssize_t(own->size()), own->data(), py::capsule(own, [](void* p) { delete static_cast<std::vector<T>*>(p); }));
+}
+
+py::tuple collect_above(const py::array& g, const py::array& taken, float floor, py::array& pos, py::array& val, const py::object& threads) {
+    const i64 n = batch_of(g, "g", 1);
+    const float* gp = input(g, "g", {n});
+    check<bool>(taken, "taken", "bool");
+    check_shape(taken, "taken", {n});
+    if (n > std::numeric_limits<i32>::max()) throw std::overflow_error("a block of more than 2^31-1 entries");
+    check<i32>(pos, "pos", "int32");
+    check_shape(pos, "pos", {n});
+    if (!pos.writeable()) throw py::value_error("pos is read-only");
+    i32* pp = static_cast<i32*>(pos.mutable_data());
+    float* vp = output(val, "val", {n});
+    const int t = threads_of(threads);
+    bool finite = true;
+    i64 found;
+    {
+        py::gil_scoped_release nogil;
+        found = collect(gp, static_cast<const uint8_t*>(taken.data()), n, floor, pp, vp, finite, t);
+    }
+    return py::make_tuple(found, finite);
+}
+
+void pick_active(const py::array& g, const py::array& indptr, const py::array& indices, py::array& out) {
+    const i64 rows = i64(indptr.size()) - 1, cols = g.ndim() == 2 ? g.shape(1) : 0, nnz = indices.size();
+    const float* gp = input(g, "g", {rows, cols});
+    const i64* ptr = vector_of<i64>(indptr, "indptr", "int64");
+    const i32* idx = vector_of<i32>(indices, "indices", "int32");
+    float* op = output(out, "out", {nnz});
+    if (rows < 0 || ptr[0] < 0 || ptr[rows] > nnz || !std::is_sorted(ptr, ptr + rows + 1)) throw py::value_error("indptr must rise within the indices");
+    for (i64 k = ptr[0]; k < ptr[rows]; ++k)
+        if (idx[k] < 0 || idx[k] >= cols) throw py::index_error("an index is outside the columns");
+    py::gil_scoped_release nogil;
+    pick(gp, ptr, rows, cols, idx, op);
+}
+
+py::array_t<i64> ranks_of(const py::array& sorted, const py::array& queries, const py::object& threads) {
+    const i64 *a = vector_of<i64>(sorted, "sorted", "int64"), *q = vector_of<i64>(queries, "queries", "int64");
+    py::array_t<i64> out(queries.size());
+    i64* o = out.mutable_data();
+    const int t = threads_of(threads);
+    py::gil_scoped_release nogil;
+    ranks(a, sorted.size(), q, queries.size(), o, t);
+    return out;
+}
+
+py::tuple regrown(const py::array& indptr, const py::array& indices, i64 cols, const py::array& kept, const py::array& fresh) {
+    const i64 *ptr = vector_of<i64>(indptr, "indptr", "int64"), *fp = vector_of<i64>(fresh, "fresh", "int64");
+    const i32* idx = vector_of<i32>(indices, "indices", "int32");
+    const i64 rows = i64(indptr.size()) - 1, nnz = indices.size(), n = fresh.size();
+    check<bool>(kept, "kept", "bool");
+    check_shape(kept, "kept", {nnz});
+    if (rows < 0 || cols < 0 || ptr[0] != 0 || ptr[rows] != nnz || !std::is_sorted(ptr, ptr + rows + 1)) throw py::value_error("indptr must rise from 0 to the number of indices");
+    for (i64 i = 0; i < n; ++i)
+        if (fp[i] < (i ? fp[i - 1] + 1 : 0) || fp[i] >= rows * cols) throw py::value_error("fresh must be positions of the weight, ascending");
+    Regrown r;
+    {
+        py::gil_scoped_release nogil;
+        r = regrow(ptr, idx, rows, cols, static_cast<const uint8_t*>(kept.data()), fp, n);
+    }
+    return py::make_tuple(given_away(std::move(r.indptr)), given_away(std::move(r.indices)), given_away(std::move(r.source)), given_away(std::move(r.dropped)));
+}
+
 py::list kernel_table() {
     py::list out;
     for (const Isa* i : available_isas())
@@ -408,6 +476,10 @@ PYBIND11_MODULE(_kernels, m) {
     m.def("max_pool_backward", &pool_backward, "dy"_a, "index"_a, "kernel"_a, "stride"_a, "padding"_a, "dx"_a, "threads"_a = py::none());
     m.def("widen", widen, "src"_a, "dst"_a);
     m.def("narrow", narrow, "src"_a, "dst"_a);
+    m.def("collect", &collect_above, "g"_a, "taken"_a, "floor"_a, "pos"_a, "val"_a, "threads"_a = py::none());
+    m.def("pick", &pick_active, "g"_a, "indptr"_a, "indices"_a, "out"_a);
+    m.def("ranks", &ranks_of, "sorted"_a, "queries"_a, "threads"_a = py::none());
+    m.def("regrow", &regrown, "indptr"_a, "indices"_a, "cols"_a, "kept"_a, "fresh"_a);
     py::class_<LinearPlan>(m, "LinearPlan")
         .def(py::init(&make_linear), "indptr"_a, "indices"_a, "n_rows"_a, "n_cols"_a)
         .def_property_readonly("n_rows", &LinearPlan::rows)

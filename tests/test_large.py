@@ -182,7 +182,7 @@ def test_kept_connections_keep_everything_and_new_ones_start_at_zero(opt_func, r
         assert_sound(model, opt, total)
         for old,new,g,mag,idx in zip(before, snapshot(model, opt), grown, mags, index):
             assert len(new['w'].keys()-old['w'].keys()) == g
-            assert set(idx[mag.topk(len(mag)-int(.3*len(mag))).indices].tolist()) <= new['w'].keys()
+            assert set(idx[mag.sort(descending=True, stable=True).indices[:len(mag)-int(.3*len(mag))]].tolist()) <= new['w'].keys()
             for k,slot in new.items(): assert all(v == old[k].get(i, 0.) for i,v in slot.items()), k
         assert sum(grown)
         opt.zero_grad()
@@ -392,3 +392,12 @@ def test_memory_is_that_of_the_nonzeros():
         print(peak()-start)"""
     out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
     assert float(out.stdout) < 400, out.stdout                                       # MiB
+
+@pytest.mark.parametrize('native', [True, False])
+def test_merging_counts_as_searching_does(native, monkeypatch):
+    from fastsparse import kernels, large
+    if native and not kernels.kernels_available(): pytest.skip(kernels.why_not())
+    if not native: monkeypatch.setattr(kernels, 'kernels_available', lambda: False)
+    for n,m,top in ((0, 5, 9), (5, 0, 9), (300, 200_000, 100), (200_000, 150_000, 10**6)):
+        a,q = (torch.randint(top, (k,)).sort().values for k in (n, m))
+        assert large._ranks(a, q).equal(torch.searchsorted(a, q, right=True))

@@ -12,7 +12,7 @@ from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.optimizer import Lamb, RAdam, ranger
 from fastsparse import (DynamicSparseTrainingCallback, RigL_presets, SET_presets, SNFS_presets, CheckpointCallback, ResumeCallback, SparseKernelsCallback,
                         load_sparse_model, sparse_kernels_report, sparse_params, sparsify_model)
-from fastsparse import kernels, layers
+from fastsparse import kernels, layers, topology, training
 from fastsparse.training import TimingCache, expand_model, param_compressed
 from conftest import quiet, toy_items, Items
 
@@ -394,3 +394,153 @@ def test_a_run_resumed_within_an_epoch_logs_what_the_other_logs(tmp_path):
     with pytest.raises(KeyboardInterrupt): run(learner(), 3, dst(), CheckpointCallback(tmp_path/'c', 3), Raise('after_batch', 14, order=100))
     resumed = run(learner(seed=4), 3, dst(), ResumeCallback(tmp_path/'c'))
     assert [list(v) for v in resumed.recorder.values] == [list(v) for v in through.recorder.values] and resumed.train_iter == through.train_iter
+
+# ------------------------------------------------------------------------------------------------ updates block by block
+
+def chosen_densely(score, kept, k):
+    "The update's rule, by a sort: the best of what is not kept; among equals, what comes first."
+    s = score.abs().flatten().masked_fill(kept.flatten(), -1.)
+    best = torch.zeros_like(kept).flatten()
+    best[s.sort(descending=True, stable=True).indices[:k]] = True
+    return best.view(kept.shape)
+
+@pytest.mark.parametrize('native', [True, False])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rows=st.integers(1, 9), cols=st.integers(1, 70), step=st.integers(1, 9), density=st.sampled_from([0., .1, .5, 1.]), levels=st.sampled_from([1, 2, 5, 10**6]),
+       share=st.sampled_from([0., .1, .5, 1.]), floor=st.sampled_from([None, 0., .3, 1e30]), room=st.sampled_from([0, 2**16]), seed=st.integers(0, 99))
+def test_the_best_vacant_positions_block_by_block_are_those_of_a_sort(native, rows, cols, step, density, levels, share, floor, room, seed, monkeypatch):
+    monkeypatch.setattr(training, '_LEAST', room)
+    if not native: monkeypatch.setattr(kernels, 'kernels_available', lambda: False)
+    g = torch.Generator().manual_seed(seed)
+    mask = torch.rand(rows, cols, generator=g) < density
+    score = torch.randint(-levels, levels+1, (rows, cols), generator=g)/levels
+    k = int(share*int((~mask).sum()))
+    blocks = lambda: ((i, score[i:i+step].clone()) for i in range(0, rows, step))
+    pos,val,active = training.best_vacant(blocks, mask, *layers.csr_from_mask(mask), k, floor)
+    assert pos.equal(layers.active_index(chosen_densely(score, mask, k))) and val.equal(score.abs().flatten()[pos]) and active.equal(score.abs()[mask])
+
+@pytest.mark.parametrize('native', [True, False])
+@pytest.mark.parametrize('bad', [float('inf'), float('-inf'), float('nan')])
+@pytest.mark.parametrize('k', [0, 3])
+def test_a_score_that_is_not_finite_is_found_anywhere(native, bad, k, monkeypatch):
+    if not native: monkeypatch.setattr(kernels, 'kernels_available', lambda: False)
+    mask = torch.rand(5, 40) < .5
+    for i in range(0, 200, 7):
+        score = torch.rand(5, 40)
+        score.view(-1)[i] = bad
+        assert training.best_vacant(lambda: [(0, score[:3]), (3, score[3:])], mask, *layers.csr_from_mask(mask), k, .9) is None
+
+@pytest.mark.parametrize('native', [True, False])
+def test_a_structure_after_an_update(native, monkeypatch):
+    if not native: monkeypatch.setattr(kernels, 'kernels_available', lambda: False)
+    for seed in range(20):
+        torch.manual_seed(seed)
+        old = torch.rand(7, 11) < .4
+        ptr,idx = layers.csr_from_mask(old)
+        kept = torch.rand(len(idx)) < .6
+        fresh = layers.active_index((torch.rand(7, 11) < .2) & ~old)
+        new,where = old.clone(),torch.full((77,), len(idx))
+        new.view(-1)[layers.active_index(old)[~kept]] = False
+        new.view(-1)[fresh] = True
+        where[layers.active_index(old)] = torch.arange(len(idx))
+        p,i,source,dropped = training._regrow(ptr, idx, 11, kept, fresh)
+        assert all(a.equal(b) for a,b in zip((p, i), layers.csr_from_mask(new)))
+        assert source.long().equal(where[layers.active_index(new)]) and dropped.equal(layers.active_index(old)[~kept])
+
+def test_native_helpers_refuse_what_does_not_fit():
+    k,i,n = kernels._kernels,torch.arange(4, dtype=torch.int32).numpy(),torch.tensor
+    f,b,room = torch.rand(4).numpy(),torch.zeros(4, dtype=torch.bool).numpy(),i.copy()
+    with pytest.raises(ValueError): k.collect(f, b[:3], 0., room, f.copy())
+    with pytest.raises(TypeError): k.collect(f.astype('float64'), b, 0., room, f.copy())
+    with pytest.raises(IndexError): k.pick(f.reshape(2, 2), n([0,2,4]).numpy(), i, f.copy())
+    with pytest.raises(ValueError): k.pick(f.reshape(2, 2), n([0,5,4]).numpy(), i, f.copy())
+    for ptr,fresh in (([0,2,3], []), ([0,5,4], []), ([0,2,4], [3,3]), ([0,2,4], [8]), ([0,2,4], [-1])):
+        with pytest.raises(ValueError): k.regrow(n(ptr).numpy(), i, 4, b, n(fresh, dtype=torch.int64).numpy())
+
+def updated(model_f, x, dy, step, k, sparsity=.6, compressed=True, native=True, rows=2, grow=RigL_presets['grow_score_f'], uses=1, seed=0):
+    "Mask and weight of a layer after one update; integers, so that every way to add up gives the same gradient, with ties."
+    torch.manual_seed(seed)
+    model = nn.Sequential(model_f())
+    sparsify_model(model, sparsity).remove()
+    p = sparse_params(model)[0]
+    with torch.no_grad(): p.param.copy_((p.param*20).round()*p.mask)
+    opt = Adam(list(model.parameters()), lr=.01)
+    if compressed: training.compress_params(model, [p], opt)
+    u = training.CompressedUpdate(p, opt, k, RigL_presets['keep_score_f'], grow, grow is RigL_presets['grow_score_f'], one_batch=uses == 1) if compressed else None
+    for i in range(uses): (model(x+i)*dy).sum().backward()
+    torch.manual_seed(7)
+    if compressed:
+        assert u.ready and u.is_finite()
+        u.decide(); u.remove()
+        n = u.commit()
+        expand_model(model, opt)
+    else: n, = topology.set_masks([p], topology.drop_and_grow([p], opt, k, RigL_presets['keep_score_f'], grow), opt)
+    return p.mask.clone(), p.param.detach().clone(), n
+
+@pytest.mark.parametrize('rows', [1, 3, 100])
+@pytest.mark.parametrize('kind', ['linear', 'conv', 'groups'])
+@pytest.mark.parametrize('k', [0., .3, 1.])
+@pytest.mark.parametrize('what', ['gradient', 'zeros', 'random', 'twice'])
+def test_an_update_block_by_block_is_the_dense_one(rows, kind, k, what, monkeypatch):
+    monkeypatch.setattr(training, '_n_block', lambda geom: rows if getattr(geom, 'groups', 1) == 1 else geom.weight_shape[0])
+    g = torch.Generator().manual_seed(3)
+    def ints(*shape): return torch.randint(-2, 3, shape, generator=g).float()
+    model_f = dict(linear=lambda: nn.Linear(12, 9), conv=lambda: nn.Conv2d(3, 8, 3, padding=1), groups=lambda: nn.Conv2d(4, 8, 3, padding=1, groups=2))[kind]
+    x,dy = (ints(4, 12), ints(4, 9)) if kind == 'linear' else (ints(2, 3 if kind == 'conv' else 4, 5, 5), ints(2, 8, 5, 5))
+    if what == 'zeros': dy[:,1:] = 0
+    kw = dict(grow=SET_presets['grow_score_f']) if what == 'random' else dict(uses=2) if what == 'twice' else {}
+    dense,*blocks = [updated(model_f, x, dy, rows, k, compressed=c, **kw) for c in (False, True)]
+    assert dense[2] == blocks[0][2] and all(a.equal(b) for a,b in zip(dense[:2], blocks[0][:2]))
+
+def test_a_wide_layer_is_updated_alike_from_a_sampled_floor():
+    "Large enough for a grid, blocks and a cut; ties and rows without any gradient among them."
+    torch.manual_seed(2)
+    x,dy = torch.randint(-3, 4, (16, 1100)).float(),torch.randint(-3, 4, (16, 1300)).float()
+    dy[:,::3] = 0
+    for sparsity in (.95, .7):
+        a,b = [updated(lambda: nn.Linear(1100, 1300), x, dy, None, .3, sparsity, c) for c in (False, True)]
+        assert a[2] == b[2] and a[0].equal(b[0]) and a[1].equal(b[1])
+
+@pytest.mark.parametrize('same', [True, False])
+def test_attention_is_updated_as_it_is_stored(same):
+    res = []
+    for compressed in (False, True):
+        torch.manual_seed(0)
+        m = nn.MultiheadAttention(8, 2, batch_first=True)
+        sparsify_model(m, .6).remove()
+        ps,opt = sparse_params(m),SGD(list(m.parameters()), lr=.01)
+        if compressed: training.compress_params(m, ps, opt)
+        ups = [training.CompressedUpdate(p, opt, .3, RigL_presets['keep_score_f'], RigL_presets['grow_score_f'], True) for p in ps] if compressed else []
+        q,kv = torch.randn(2, 3, 8),torch.randn(2, 5, 8)
+        y = m(q, q, q)[0] if same else m(q, kv, kv+1)[0]
+        y.square().sum().backward()
+        if compressed:
+            assert all(u.ready and u.is_finite() for u in ups)
+            for u in ups: u.decide(); u.remove(); u.commit()
+            assert all(param_compressed(p) for p in ps)
+            again = m(q, q, q)[0] if same else m(q, kv, kv+1)[0]
+            expand_model(m, opt)
+            assert type(m) is nn.MultiheadAttention and '_watch' not in vars(m)
+        else:
+            topology.set_masks(ps, topology.drop_and_grow(ps, opt, .3, RigL_presets['keep_score_f'], RigL_presets['grow_score_f']), opt)
+            again = m(q, q, q)[0] if same else m(q, kv, kv+1)[0]
+        res.append(([p.mask.clone() for p in ps], again))
+    assert all(a.equal(b) for a,b in zip(res[0][0], res[1][0])) and torch.allclose(res[0][1], res[1][1], atol=1e-5)
+
+def test_ever_active_is_kept_in_bits_and_older_checkpoints_load():
+    cb = dst(every=2)
+    learn = learner(cbs=None)
+    class Look(Callback):
+        def before_fit(self): self.seen = {p.name: p.mask.clone() for p in sparse_params(self.learn.model)}
+        def after_batch(self):
+            for p in sparse_params(self.learn.model): self.seen[p.name] |= p.mask
+        def after_fit(self): self.packed,self.bools = cb.state_dict(),cb.ever_active
+    look = Look()
+    run(learn, 3, cb, look)
+    assert cb.updates and all(v.equal(look.seen[k]) for k,v in look.bools.items()) and look.bools.keys() == look.seen.keys()
+    assert all(v.dtype is torch.uint8 and len(v) == -(-look.seen[k].numel()//8) for k,v in look.packed['ever_active'].items())
+    for sd in (look.packed, {**look.packed, 'ever_active': look.bools}):
+        cb.seen = {}
+        cb.learn = learn
+        cb.load_state_dict({**sd, 'kernels': {}})
+        assert all(v.equal(look.seen[k]) for k,v in cb.ever_active.items()) and cb.ever_active.keys() == look.seen.keys()
