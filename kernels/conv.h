@@ -28,7 +28,8 @@ struct Gather {
     i64 plane;                         // from channel to channel: in pixels (batch) or floats (planes)
     bool direct;                       // planes: the image itself serves as the packed block
     std::vector<Phase> phase;
-    std::vector<i32> pixel;            // batch: where a pixel of the block's rows goes, in floats
+    bool whole = false;                // batch: blocks are whole images of few enough channels
+    std::vector<i32> pixel;            // batch: where a pixel goes, in floats: of one channel, of all channels if whole
     std::vector<char> used;            // channels with a nonzero
     i64 phases() const { return ostep_y * ostep_x; }
     i64 steps() const { return istep_y * istep_x; }
@@ -54,6 +55,9 @@ void gather_planes(const Isa& isa, const Gather& g, const float* in, i64 n, cons
 void sample_batch(const Isa& isa, const Gather& g, const float* x, const float* dy, i64 n, float* dvalues, int threads);
 void sample_planes(const Isa& isa, const Gather& g, const float* x, const float* dy, i64 n, float* dvalues, int threads);
 
+bool shares_gradient_batch(const Gather& f, const Gather& b);
+void backward_batch(const Isa& isa, const Gather& f, const Gather& b, const float* x, const float* dy, i64 n, const float* values,
+                    float* dx, float* dvalues, int threads);
 bool shares_gradient(const Gather& f, const Gather& b);
 void backward_planes(const Isa& isa, const Gather& f, const Gather& b, const float* x, const float* dy, i64 n, const float* values,
                      float* dx, float* dvalues, int threads);
