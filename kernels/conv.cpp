@@ -134,12 +134,16 @@ Conv2dPlan::Conv2dPlan(const i64* indptr, i64 n_indptr, const i32* idx, i64 nnz,
 Conv2dPlan::~Conv2dPlan() = default;
 
 // Measured: planes win wherever a plane fills vectors. On small images much of a plane is margin, and images fill the lanes better;
-// a 1x1 kernel has no margin, and without a stride nothing to pack either.
+// a 1x1 kernel has no margin, and without a stride nothing to pack either. With many nonzeros aligned loads pay for the
+// transposition of larger images too, if all channels of a vector of images stay near enough.
 bool Conv2dPlan::planes(i64 n, i64 h, i64 w) const {
     if (layout_ != Layout::automatic) return layout_ == Layout::planes;
     const i64 pixels = s_.out_h(h) * s_.out_w(w), lanes = current_isa().width;
     if (n < lanes && n <= pixels) return true;
-    return pixels > (s_.taps() > 1 ? 64 : lanes);
+    if (pixels <= (s_.taps() > 1 ? 64 : lanes)) return false;
+    const double density = double(nnz()) / std::max(1., double(w_.rows) * double(w_.cols));
+    const i64 packed = std::max(s_.ic(), s_.oc) * (h + s_.kh) * (w + s_.kw) * lanes;
+    return s_.taps() == 1 || lanes < 16 || density < .07 || pixels > 28 * 28 || packed > 2 * 1024 * 1024;
 }
 
 std::shared_ptr<const Gather> Conv2dPlan::gather(bool backward, i64 h, i64 w, int width, bool planes) const {

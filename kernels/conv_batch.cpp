@@ -108,10 +108,10 @@ void set_batch_block(Gather& g) {
     g.pw = std::max(g.istep_x * (g.t_cols - 1) + g.dx_max + 1, g.in_w) - g.dx_min;
     const i64 span = g.dy_max - g.dy_min + 1, row = std::max<i64>(1, g.channels * g.pw * g.width);
     g.block = std::clamp<i64>((l2_floats / row - span) / g.istep_y + 1, 1, std::max<i64>(1, g.t_rows));
-    if (row * (g.istep_y * (g.t_rows - 1) + span) <= 3 * l2_floats) g.block = std::max<i64>(1, g.t_rows);
+    if (row * (g.istep_y * (g.t_rows - 1) + span) <= 8 * l2_floats) g.block = std::max<i64>(1, g.t_rows);
     g.ph = g.istep_y * (g.block - 1) + span;
     g.plane = g.ph * g.pw;
-    g.whole = g.block >= g.t_rows && g.channels * g.plane * g.width <= 3 * l2_floats;
+    g.whole = g.block >= g.t_rows && g.channels * g.plane * g.width <= 8 * l2_floats;
     const auto at = [&](i64 y, i64 x) { return (y * g.pw + x - g.dx_min) * g.width; };
     if (!g.whole) {
         for (i64 y = 0; y < g.ph; ++y)
