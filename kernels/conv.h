@@ -27,6 +27,7 @@ struct Gather {
     i64 ph, pw;                        // rows and columns of the packed block
     i64 plane;                         // from channel to channel: in pixels (batch) or floats (planes)
     i64 step_plane;                    // planes: floats of one phase of a stride
+    std::vector<char> used_step;       // planes: the phases of the stride that a tap reads
     std::vector<i32> from;             // planes, if blocks are whole images: where each vector of a packed channel starts in the image,
     std::vector<uint16_t> keep;        // and which of its lanes are pixels
     bool direct;                       // planes: the image itself serves as the packed block

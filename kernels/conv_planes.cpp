@@ -14,6 +14,7 @@ i64 flat(const Gather& g, i64 rows, i64 cols) { return (rows - 1) * g.pw + cols;
 
 void pack_strided(const Isa& isa, const Gather& g, const float* src, i64 t0, float* dst) {
     for (i64 p = 0; p < g.steps(); ++p, dst += g.step_plane) {
+        if (!g.used_step[p]) continue;
         // Input row of packed row r: step*r + y0.
         const i64 y0 = g.istep_y * t0 + g.dy_min + p / g.istep_x, first = g.dx_min + p % g.istep_x;
         const i64 lo = std::clamp<i64>(y0 < 0 ? ceil_div(-y0, g.istep_y) : 0, 0, g.ph);
@@ -101,6 +102,13 @@ void run_phase(const Isa& isa, const Gather& g, i64 phase, i64 c, i64 rows, cons
     });
 }
 
+// Rows of the input gradient that no tap reaches, as every other one of a strided 1x1 kernel.
+bool no_products(const Gather& g, i64 py, const float* bias) {
+    for (i64 px = 0; px < g.ostep_x; ++px)
+        if (!g.phase[py * g.ostep_x + px].off.empty()) return false;
+    return !bias && g.ostep_y > 1;
+}
+
 void run_chunk(const Isa& isa, const Gather& g, const Task& k, i64 c, const float* block, const float* values, const float* bias,
                const Result& to, float* out) {
     const i64 chunk = g.row_chunk(), r0 = c * chunk, r1 = std::min(g.rows, r0 + chunk), plane = g.out_h * g.out_w;
@@ -110,6 +118,11 @@ void run_chunk(const Isa& isa, const Gather& g, const Task& k, i64 c, const floa
     for (i64 py = 0; py < g.ostep_y; ++py) {
         const i64 rows = std::min(k.t_rows, ceil_div(g.out_h - g.ostep_y * k.t0 - py, g.ostep_y));
         if (rows <= 0) continue;
+        if (no_products(g, py, bias)) {
+            for (i64 r = r0; r < r1; ++r)
+                for (i64 t = 0; t < rows; ++t) std::fill_n(out + r * plane + ((k.t0 + t) * g.ostep_y + py) * g.out_w, g.out_w, 0.f);
+            continue;
+        }
         for (i64 px = 0; px < g.ostep_x; ++px)
             run_phase(isa, g, py * g.ostep_x + px, c, rows, block, values, bias, to.y + px * chunk * to.ypitch, to.ypitch, false);
         for (i64 r = r0; r < r1; ++r) to.copy(r - r0, k.t0, rows, py, chunk, out + r * plane);
@@ -133,6 +146,9 @@ void set_expansion(Gather& g) {
     }
 }
 
+// The phase of the input's stride that a tap reads.
+i64 step_of(const Gather& g, i64 dy, i64 dx) { return (dy - g.dy_min) % g.istep_y * g.istep_x + (dx - g.dx_min) % g.istep_x; }
+
 i64 gcd(i64 a, i64 b) { return b ? gcd(b, a % b) : a; }
 
 }  // namespace
@@ -148,6 +164,8 @@ void set_planes_block(Gather& g) {
     g.ph = g.block + span_y / g.istep_y;
     g.step_plane = round_up(g.ph * g.pw + g.width, g.width);
     g.plane = g.direct ? g.in_h * g.in_w : g.step_plane * g.steps();
+    g.used_step.assign(size_t(g.steps()), 0);
+    for (i64 t = 0; t < g.taps; ++t) g.used_step[step_of(g, g.dy[t], g.dx[t])] = 1;
     if (!g.direct && g.steps() == 1 && g.block >= g.t_rows && g.in_w <= g.pw + g.dx_min && g.width <= 16) set_expansion(g);
 }
 
@@ -156,7 +174,7 @@ i64 planes_panel(const Gather& g) { return l1_floats / (14 * g.width + (g.dy_max
 i64 planes_offset(const Gather& g, i64 dy, i64 dx) {
     if (g.direct) return 0;
     const i64 y = dy - g.dy_min, x = dx - g.dx_min;
-    return (y % g.istep_y * g.istep_x + x % g.istep_x) * g.step_plane + y / g.istep_y * g.pw + x / g.istep_x;
+    return step_of(g, dy, dx) * g.step_plane + y / g.istep_y * g.pw + x / g.istep_x;
 }
 
 namespace {
