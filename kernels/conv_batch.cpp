@@ -119,9 +119,11 @@ void set_batch_block(Gather& g) {
         return;
     }
     // Rows that no output needs go to a vector behind the block.
+    const i64 channel = g.plane * g.width;
     for (i64 c = 0; c < g.channels; ++c)
         for (i64 y = -g.dy_min; y < g.in_h - g.dy_min; ++y)
-            for (i64 x = 0; x < g.in_w; ++x) g.pixel.push_back(i32(y >= 0 && y < g.ph ? c * g.plane * g.width + at(y, x) : g.channels * g.plane * g.width));
+            for (i64 x = 0; x < g.in_w; ++x)
+                g.pixel.push_back(i32(y >= 0 && y < g.ph ? c * channel + at(y, x) : g.channels * channel));
 }
 
 i64 batch_panel(const Gather& g) { return l1_floats / ((g.dy_max - g.dy_min + 1) * (14 * g.istep_x + g.dx_max - g.dx_min) * g.width); }
@@ -176,7 +178,8 @@ void sample_batch(const Isa& isa, const Gather& g, const float* x, const float* 
             const float* grad = dy + k.n0 * g.rows * plane + k.t0 * g.out_w;
             if (g.block >= g.t_rows) isa.pack(grad, g.rows * plane, k.images, g.rows * plane, dyp, W, nullptr);
             else
-                for (i64 r = 0; r < g.rows; ++r) isa.pack(grad + r * plane, g.rows * plane, k.images, k.t_rows * g.out_w, dyp + r * ypitch, W, nullptr);
+                for (i64 r = 0; r < g.rows; ++r)
+                    isa.pack(grad + r * plane, g.rows * plane, k.images, k.t_rows * g.out_w, dyp + r * ypitch, W, nullptr);
             sample_block(isa, g, k, block, dyp, ypitch, g.out_w * W, dv, add);
         }
     });
