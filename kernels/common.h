@@ -28,6 +28,7 @@ struct SpmmArgs {
     const float* bias;                // one per matrix row, or null
     bool first;                       // start from bias (or 0) instead of from y
     const uint32_t* perm = nullptr;   // where the values are in val, unless at k itself
+    bool stream = false;              // results go past the caches, y being aligned to vectors; a fence is the caller's business
 };
 
 // dv[k] (+)= sum over the tile of y[row, tile] * x[idx[k]*scale + tile].
@@ -76,7 +77,11 @@ struct Isa {
     void (*pad_every)(const float* src, i64 src_pitch, i64 rows, i64 cols, i64 first, i64 step, float* dst, i64 dst_pitch);
     void (*spread)(const float* src, i64 n, i64 step, float* dst);             // dst[j*step] = src[j]
     void (*zip)(const float* a, const float* b, i64 n, float* dst);            // dst[2j] = a[j], dst[2j+1] = b[j]
-    void (*stream)(const float* src, i64 n, float* dst);                       // a copy past the caches
+    void (*stream)(const float* src, i64 n, float* dst);                       // a copy past the caches and a fence
+    // dst[i*W + lane] = the next float from src + at[i] for each lane in keep[i], zero in the others; null where slow
+    void (*expand)(const float* src, const i32* at, const uint16_t* keep, i64 n, float* dst);
+    // crop to rows that follow each other, past the caches but without a fence, for at least a vector of columns; null where slow
+    void (*crop_stream)(const float* src, i64 src_pitch, i64 rows, i64 cols, float* dst);
     // Batch normalisation, float by float; s1 and s2 collect, all others hold a channel's number for each of its floats.
     void (*moments)(const float* x, i64 n, const float* shift, float* s1, float* s2);                       // x + shift and its square
     void (*normalise)(const float* x, i64 n, const float* shift, const float* a, const float* b, float* y);  // y = a*(x + shift) + b

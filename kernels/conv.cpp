@@ -133,13 +133,17 @@ Conv2dPlan::Conv2dPlan(const i64* indptr, i64 n_indptr, const i32* idx, i64 nnz,
 
 Conv2dPlan::~Conv2dPlan() = default;
 
-// Measured: planes win, except on images so small that much of a plane is margin, if there are images for all lanes and
-// nonzeros enough to pay for the transposition.
+// Measured: planes win wherever a plane fills vectors. On small images much of a plane is margin, and images fill the lanes better;
+// a 1x1 kernel has no margin, and without a stride nothing to pack either. With many nonzeros aligned loads pay for the
+// transposition of larger images too, if all channels of a vector of images stay near enough.
 bool Conv2dPlan::planes(i64 n, i64 h, i64 w) const {
     if (layout_ != Layout::automatic) return layout_ == Layout::planes;
+    const i64 pixels = s_.out_h(h) * s_.out_w(w), lanes = current_isa().width;
+    if (n < lanes && n <= pixels) return true;
+    if (pixels <= (s_.taps() > 1 ? 64 : lanes)) return false;
     const double density = double(nnz()) / std::max(1., double(w_.rows) * double(w_.cols));
-    const bool full = n >= current_isa().width, small = s_.out_h(h) * s_.out_w(w) <= 64;
-    return !(full && small && s_.taps() > 1 && density > .03);
+    const i64 packed = std::max(s_.ic(), s_.oc) * (h + s_.kh) * (w + s_.kw) * lanes;
+    return s_.taps() == 1 || lanes < 16 || density < .07 || pixels > 28 * 28 || packed > 2 * 1024 * 1024;
 }
 
 std::shared_ptr<const Gather> Conv2dPlan::gather(bool backward, i64 h, i64 w, int width, bool planes) const {
@@ -180,9 +184,11 @@ void Conv2dPlan::backward_weight(const float* x, const float* dy, i64 n, i64 h, 
 
 void Conv2dPlan::backward(const float* x, const float* dy, i64 n, i64 h, i64 w, const float* values, float* dx, float* dvalues, int threads) const {
     const Isa& isa = current_isa();
-    if (n && s_.ic() && s_.oc && s_.out_h(h) && s_.out_w(w) && planes(n, h, w)) {
-        const auto f = gather(false, h, w, isa.width, true), b = gather(true, h, w, isa.width, true);
-        if (shares_gradient(*f, *b)) return backward_planes(isa, *f, *b, x, dy, n, values, dx, dvalues, threads);
+    if (n && s_.ic() && s_.oc && s_.out_h(h) && s_.out_w(w)) {
+        const bool flat = planes(n, h, w);
+        const auto f = gather(false, h, w, isa.width, flat), b = gather(true, h, w, isa.width, flat);
+        if (!flat && shares_gradient_batch(*f, *b)) return backward_batch(isa, *f, *b, x, dy, n, values, dx, dvalues, threads);
+        if (flat && shares_gradient(*f, *b)) return backward_planes(isa, *f, *b, x, dy, n, values, dx, dvalues, threads);
     }
     backward_input(dy, n, h, w, values, dx, threads);
     backward_weight(x, dy, n, h, w, dvalues, threads);

@@ -26,9 +26,14 @@ struct Gather {
     i64 t_rows, t_cols, block;         // rows and columns t in all, rows in one block
     i64 ph, pw;                        // rows and columns of the packed block
     i64 plane;                         // from channel to channel: in pixels (batch) or floats (planes)
+    i64 step_plane;                    // planes: floats of one phase of a stride
+    std::vector<char> used_step;       // planes: the phases of the stride that a tap reads
+    std::vector<i32> from;             // planes, if blocks are whole images: where each vector of a packed channel starts in the image,
+    std::vector<uint16_t> keep;        // and which of its lanes are pixels
     bool direct;                       // planes: the image itself serves as the packed block
     std::vector<Phase> phase;
-    std::vector<i32> pixel;            // batch: where a pixel of the block's rows goes, in floats
+    bool whole = false;                // batch: blocks are whole images of few enough channels
+    std::vector<i32> pixel;            // batch: where a pixel goes, in floats: of one channel, of all channels if whole
     std::vector<char> used;            // channels with a nonzero
     i64 phases() const { return ostep_y * ostep_x; }
     i64 steps() const { return istep_y * istep_x; }
@@ -54,6 +59,9 @@ void gather_planes(const Isa& isa, const Gather& g, const float* in, i64 n, cons
 void sample_batch(const Isa& isa, const Gather& g, const float* x, const float* dy, i64 n, float* dvalues, int threads);
 void sample_planes(const Isa& isa, const Gather& g, const float* x, const float* dy, i64 n, float* dvalues, int threads);
 
+bool shares_gradient_batch(const Gather& f, const Gather& b);
+void backward_batch(const Isa& isa, const Gather& f, const Gather& b, const float* x, const float* dy, i64 n, const float* values,
+                    float* dx, float* dvalues, int threads);
 bool shares_gradient(const Gather& f, const Gather& b);
 void backward_planes(const Isa& isa, const Gather& f, const Gather& b, const float* x, const float* dy, i64 n, const float* values,
                      float* dx, float* dvalues, int threads);

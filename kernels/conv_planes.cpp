@@ -13,14 +13,15 @@ constexpr i64 l1_floats = 9 * 1024, l2_floats = 256 * 1024;
 i64 flat(const Gather& g, i64 rows, i64 cols) { return (rows - 1) * g.pw + cols; }
 
 void pack_strided(const Isa& isa, const Gather& g, const float* src, i64 t0, float* dst) {
-    for (i64 p = 0; p < g.steps(); ++p, dst += g.ph * g.pw + g.width) {
+    for (i64 p = 0; p < g.steps(); ++p, dst += g.step_plane) {
+        if (!g.used_step[p]) continue;
         // Input row of packed row r: step*r + y0.
         const i64 y0 = g.istep_y * t0 + g.dy_min + p / g.istep_x, first = g.dx_min + p % g.istep_x;
         const i64 lo = std::clamp<i64>(y0 < 0 ? ceil_div(-y0, g.istep_y) : 0, 0, g.ph);
         const i64 hi = std::clamp<i64>(y0 >= g.in_h ? 0 : ceil_div(g.in_h - y0, g.istep_y), lo, g.ph);
         std::fill(dst, dst + lo * g.pw, 0.f);
         isa.pad_every(src + (y0 + g.istep_y * lo) * g.in_w, g.istep_y * g.in_w, hi - lo, g.in_w, first, g.istep_x, dst + lo * g.pw, g.pw);
-        std::fill(dst + hi * g.pw, dst + g.ph * g.pw + g.width, 0.f);
+        std::fill(dst + hi * g.pw, dst + g.step_plane, 0.f);
     }
 }
 
@@ -34,6 +35,11 @@ void pack_plain(const Isa& isa, const Gather& g, const float* src, i64 t0, float
 
 // in[channel, y, x] -> block[channel, phase, row, column], for the rows that outputs t0.. need.
 void pack_block(const Isa& isa, const Gather& g, const float* in, i64 t0, float* block) {
+    if (isa.expand && !g.keep.empty()) {
+        for (i64 c = 0; c < g.channels; ++c)
+            if (g.used[c]) isa.expand(in + c * g.in_h * g.in_w, g.from.data(), g.keep.data(), i64(g.keep.size()), block + c * g.plane);
+        return;
+    }
     for (i64 c = 0; c < g.channels; ++c)
         if (g.used[c]) (g.steps() == 1 && g.pw + g.dx_min > 0 ? pack_plain : pack_strided)(isa, g, in + c * g.in_h * g.in_w, t0, block + c * g.plane);
 }
@@ -62,6 +68,8 @@ struct Result {
         float* dst = out + (t0 * g.ostep_y + py) * g.out_w;
         if (g.ostep_x > 1) return merge(src, rows, chunk, dst);
         if (!far || g.ostep_y > 1) return isa.crop(src, g.pw, rows, g.out_w, dst, g.ostep_y * g.out_w);
+        if (isa.crop_stream && g.out_w >= g.width && rows * g.out_w % g.width == 0 && t0 * g.out_w % g.width == 0)
+            return isa.crop_stream(src, g.pw, rows, g.out_w, dst);
         if (g.pw != g.out_w) { isa.crop(src, g.pw, rows, g.out_w, line, g.out_w); src = line; }
         isa.stream(src, rows * g.out_w, dst);
     }
@@ -81,7 +89,7 @@ struct Result {
 
 // The c-th chunk of rows of one phase of a block.
 void run_phase(const Isa& isa, const Gather& g, i64 phase, i64 c, i64 rows, const float* block, const float* values,
-               const float* bias, float* y, i64 ypitch) {
+               const float* bias, float* y, i64 ypitch, bool stream) {
     const i64 cols = ceil_div(g.out_w - phase % g.ostep_x, g.ostep_x), W = g.width;
     if (cols <= 0) return;
     const Phase& ph = g.phase[phase];
@@ -90,21 +98,56 @@ void run_phase(const Isa& isa, const Gather& g, i64 phase, i64 c, i64 rows, cons
     each_tile(ceil_div(flat(g, rows, cols), W), isa.max_spmm, [&](i64 v, int n) {
         const SpmmFn run = isa.find(op_spmm, 1, n, true).spmm;
         for (i64 p = 0; p < ps.n_panels; ++p)
-            run({block + v * W, 1, 0, W, ph.off.data(), values, ps.begin(c, p), ps.count(c, p), y + v * W, ypitch, 0, W, bias, p == 0, ph.perm()});
+            run({block + v * W, 1, 0, W, ph.off.data(), values, ps.begin(c, p), ps.count(c, p), y + v * W, ypitch, 0, W, bias, p == 0, ph.perm(), stream});
     });
+}
+
+// Rows of the input gradient that no tap reaches, as every other one of a strided 1x1 kernel.
+bool no_products(const Gather& g, i64 py, const float* bias) {
+    for (i64 px = 0; px < g.ostep_x; ++px)
+        if (!g.phase[py * g.ostep_x + px].off.empty()) return false;
+    return !bias && g.ostep_y > 1;
 }
 
 void run_chunk(const Isa& isa, const Gather& g, const Task& k, i64 c, const float* block, const float* values, const float* bias,
                const Result& to, float* out) {
     const i64 chunk = g.row_chunk(), r0 = c * chunk, r1 = std::min(g.rows, r0 + chunk), plane = g.out_h * g.out_w;
+    // Where results lie as in the image they need no scratch; sums of several panels had better not go to memory in between.
+    if (g.direct && (!to.far || g.phase[0].panels.n_panels == 1))
+        return run_phase(isa, g, 0, c, k.t_rows, block, values, bias, out + r0 * plane + k.t0 * g.out_w, plane, to.far);
     for (i64 py = 0; py < g.ostep_y; ++py) {
         const i64 rows = std::min(k.t_rows, ceil_div(g.out_h - g.ostep_y * k.t0 - py, g.ostep_y));
         if (rows <= 0) continue;
+        if (no_products(g, py, bias)) {
+            for (i64 r = r0; r < r1; ++r)
+                for (i64 t = 0; t < rows; ++t) std::fill_n(out + r * plane + ((k.t0 + t) * g.ostep_y + py) * g.out_w, g.out_w, 0.f);
+            continue;
+        }
         for (i64 px = 0; px < g.ostep_x; ++px)
-            run_phase(isa, g, py * g.ostep_x + px, c, rows, block, values, bias, to.y + px * chunk * to.ypitch, to.ypitch);
+            run_phase(isa, g, py * g.ostep_x + px, c, rows, block, values, bias, to.y + px * chunk * to.ypitch, to.ypitch, false);
         for (i64 r = r0; r < r1; ++r) to.copy(r - r0, k.t0, rows, py, chunk, out + r * plane);
     }
 }
+
+// Pixels are taken in the image's own order, so that a vector of the packed channel is a mask and a place to read from.
+void set_expansion(Gather& g) {
+    g.keep.assign(size_t(g.plane / g.width), 0);
+    g.from.assign(g.keep.size(), 0);
+    for (i64 y = 0; y < g.ph; ++y) {
+        const i64 iy = y + g.dy_min;
+        if (iy < 0 || iy >= g.in_h) continue;
+        for (i64 x = 0; x < g.pw; ++x) {
+            const i64 ix = x + g.dx_min, at = y * g.pw + x;
+            if (ix < 0 || ix >= g.in_w) continue;
+            uint16_t& lanes = g.keep[at / g.width];
+            if (!lanes) g.from[at / g.width] = i32(iy * g.in_w + ix);
+            lanes = uint16_t(lanes | 1u << at % g.width);
+        }
+    }
+}
+
+// The phase of the input's stride that a tap reads.
+i64 step_of(const Gather& g, i64 dy, i64 dx) { return (dy - g.dy_min) % g.istep_y * g.istep_x + (dx - g.dx_min) % g.istep_x; }
 
 i64 gcd(i64 a, i64 b) { return b ? gcd(b, a % b) : a; }
 
@@ -119,7 +162,11 @@ void set_planes_block(Gather& g) {
     g.direct = g.taps == 1 && g.steps() == 1 && g.phases() == 1 && !g.dy[0] && !g.dx[0] && !span_x && g.out_w == g.in_w && g.out_h == g.in_h && g.t_rows % whole == 0;
     if (g.direct) g.block = std::max(whole, g.block / whole * whole);
     g.ph = g.block + span_y / g.istep_y;
-    g.plane = g.direct ? g.in_h * g.in_w : (g.ph * g.pw + g.width) * g.steps();
+    g.step_plane = round_up(g.ph * g.pw + g.width, g.width);
+    g.plane = g.direct ? g.in_h * g.in_w : g.step_plane * g.steps();
+    g.used_step.assign(size_t(g.steps()), 0);
+    for (i64 t = 0; t < g.taps; ++t) g.used_step[step_of(g, g.dy[t], g.dx[t])] = 1;
+    if (!g.direct && g.steps() == 1 && g.block >= g.t_rows && g.in_w <= g.pw + g.dx_min && g.width <= 16) set_expansion(g);
 }
 
 i64 planes_panel(const Gather& g) { return l1_floats / (14 * g.width + (g.dy_max - g.dy_min) / g.istep_y * g.pw + g.width) / g.steps(); }
@@ -127,7 +174,7 @@ i64 planes_panel(const Gather& g) { return l1_floats / (14 * g.width + (g.dy_max
 i64 planes_offset(const Gather& g, i64 dy, i64 dx) {
     if (g.direct) return 0;
     const i64 y = dy - g.dy_min, x = dx - g.dx_min;
-    return (y % g.istep_y * g.istep_x + x % g.istep_x) * (g.ph * g.pw + g.width) + y / g.istep_y * g.pw + x / g.istep_x;
+    return step_of(g, dy, dx) * g.step_plane + y / g.istep_y * g.pw + x / g.istep_x;
 }
 
 namespace {
@@ -154,6 +201,7 @@ void gather_task(const Isa& isa, const Gather& g, const Room& room, i64 task, co
     const Result to{isa, g, own + room.packed, room.ypitch, own + room.packed + room.results, room.far};
     for (i64 c = 0; c < g.phase[0].panels.n_chunks; ++c)
         run_chunk(isa, g, k, c, g.direct ? image + k.t0 * g.in_w : own, values, bias, to, out + k.n0 * g.rows * g.out_h * g.out_w);
+    if (room.far) isa.stream(nullptr, 0, nullptr);  // the fence
 }
 
 }  // namespace
@@ -204,10 +252,12 @@ void sample_planes(const Isa& isa, const Gather& g, const float* x, const float*
     });
 }
 
-// Whether the input gradient's packed dy is what the weight gradient needs: same pitch, zeros between the rows, whole images.
+// Whether the input gradient's packed dy is what the weight gradient needs: same pitch, zeros between the rows, whole images,
+// and every pixel of dy (a kernel that no pixel of the input reaches leaves some out).
 bool shares_gradient(const Gather& f, const Gather& b) {
     if (!f.planes || !b.planes || f.steps() > 1) return false;
-    return (f.direct && b.direct) || (!f.direct && !b.direct && f.blocks() == 1 && b.blocks() == 1 && f.pw == b.pw);
+    const bool whole = b.dy_min <= 0 && b.dx_min <= 0 && b.dy_min + b.ph >= f.out_h && b.dx_min + b.pw >= f.out_w;
+    return (f.direct && b.direct) || (!f.direct && !b.direct && f.blocks() == 1 && b.blocks() == 1 && f.pw == b.pw && whole);
 }
 
 // Both gradients image by image, so that dy is read and packed once.

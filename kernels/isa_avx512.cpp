@@ -8,6 +8,7 @@
 #endif
 #define FS_NS avx512
 #define FS_NAME "avx512"
+#define FS_MASKS
 
 #ifdef __clang__
 #pragma clang attribute push(__attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma"))), apply_to = function)
@@ -38,6 +39,8 @@ struct V {
         const __m512i i = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
         return {_mm512_permutex2var_ps(a.v, i, b.v)};
     }
+    static V expand(const float* p, uint16_t lanes) { return {_mm512_maskz_expandloadu_ps(lanes, p)}; }
+    static V last(V a, const float* p, i64 n) { return {_mm512_mask_loadu_ps(a.v, __mmask16(~first(W - n)), p)}; }
     // best and won become v and place in the lanes where v is larger, or NaN.
     static void keep_larger(V v, V place, V& best, V& won) {
         const __mmask16 m = _mm512_cmp_ps_mask(v.v, best.v, _CMP_GT_OQ) | _mm512_cmp_ps_mask(v.v, v.v, _CMP_UNORD_Q);

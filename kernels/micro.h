@@ -53,7 +53,8 @@ template <int TR, int TC, bool UNIT, bool PERM> static void spmm_rows(const Spmm
             V sum = acc[0][i];
 #pragma GCC unroll 4
             for (int u = 1; u < U; ++u) sum = V::add(sum, acc[u][i]);
-            V::store(y + (i / TC) * a.yrow + (i % TC) * a.ycol, sum);
+            float* to = y + (i / TC) * a.yrow + (i % TC) * a.ycol;
+            if (a.stream) V::stream(to, sum); else V::store(to, sum);
         }
     }
 }
@@ -237,6 +238,32 @@ static void stream(const float* src, i64 n, float* dst) {
     V::fence();
 }
 
+#ifdef FS_MASKS
+static void expand(const float* src, const i32* at, const uint16_t* keep, i64 n, float* dst) {
+    for (i64 i = 0; i < n; ++i) V::store(dst + i * V::W, V::expand(src + at[i], keep[i]));
+}
+
+// Every vector of dst lies within two rows of src: lanes past the end of the first come from the second.
+static void crop_stream(const float* src, i64 src_pitch, i64 rows, i64 cols, float* dst) {
+    constexpr int W = V::W;
+    const i64 n = rows * cols, gap = src_pitch - cols;
+    i64 i = 0;
+    for (i64 c = 0; i + W <= n; i += W, src += W) {
+        V v = V::load(src);
+        c += W;
+        if (c >= cols) {
+            c -= cols;
+            if (c) v = V::last(v, src + gap, c);
+            src += gap;
+        }
+        V::stream(dst + i, v);
+    }
+}
+#define FS_MASKED &expand, &crop_stream
+#else
+#define FS_MASKED nullptr, nullptr
+#endif
+
 static void spmv(const float* x, const i32* idx, const float* val, const Seg* segs, i64 nseg, const float* bias, float* y) {
     constexpr int W = V::W;
     alignas(64) float buf[W * W];
@@ -358,5 +385,6 @@ static constexpr Kernel table[] = {
 };
 
 static constexpr Isa isa = {FS_NAME, V::W, V::max_spmm, V::max_sddmm, table, sizeof(table) / sizeof(table[0]),
-                        &pack, &unpack, &spmv, &outer, &gather, &accumulate, &pad, &crop, &pad_every, &spread, &zip, &stream,
+                        &pack, &unpack, &spmv, &outer, &gather, &accumulate, &pad, &crop, &pad_every, &spread, &zip, &stream, FS_MASKED,
                         &moments, &normalise, &grad_moments, &norm_grad, &pool_row, &widen, &narrow};
+#undef FS_MASKED

@@ -105,9 +105,26 @@ def test_conv_drawn(isa, layout, data):
 
 @pytest.mark.parametrize('layout', ['planes', 'batch'])
 @pytest.mark.parametrize('n,h,w,cin,cout,k,stride,pad', [
-    (18, 28, 28, 20, 70, 3, 1, 1), (16, 7, 7, 70, 90, 3, 1, 1), (3, 56, 56, 8, 10, 3, 1, 1), (17, 28, 28, 24, 40, 3, 2, 1), (20, 14, 14, 80, 66, 1, 1, 0), (2, 65, 63, 3, 9, 7, 2, 3)])
+    (18, 28, 28, 20, 70, 3, 1, 1), (16, 7, 7, 70, 90, 3, 1, 1), (3, 56, 56, 8, 10, 3, 1, 1), (17, 28, 28, 24, 40, 3, 2, 1), (20, 14, 14, 80, 66, 1, 1, 0), (2, 65, 63, 3, 9, 7, 2, 3),
+    (20, 16, 16, 80, 66, 1, 1, 0), (5, 16, 16, 9, 70, 1, 2, 0), (19, 4, 4, 300, 70, 3, 1, 1)])
 def test_conv_larger(isa, layout, n, h, w, cin, cout, k, stride, pad):
     check_conv(np.random.default_rng(1), n, h, w, cin, cout, (k, k), .1, (stride, stride), (pad,)*4, layout=layout)
+
+@pytest.mark.parametrize('n,cin,cout,k,density', [(11, 64, 64, 1, .05), (9, 80, 80, 1, .6), (24, 32, 32, 3, .1)])
+def test_results_that_go_past_the_caches(isa, n, cin, cout, k, density):
+    "Tensors of more than 8 MB that start on a cache line"
+    rng = np.random.default_rng(15)
+    w, m = sparse(rng, density, cout, cin, k, k)
+    x, dy = randn(rng, n, cin, 56, 56), randn(rng, n, cout, 56, 56)
+    out, dx = (torch.full(a.shape, float('nan')).numpy() for a in (dy, x))
+    assert all(a.size > 2**21 and a.ctypes.data % 64 == 0 for a in (out, dx))
+    p, v, dv = K.Conv2dPlan.from_mask(m, padding=(k//2,)*4, layout='planes'), w[m], empty(m.sum())
+    p.forward(x, v, None, out)
+    p.backward(x, dy, v, dx, dv)
+    y64, dx64, dw64 = conv64(w, x, dy, None, (1, 1), (k//2,)*4, (1, 1), 1)
+    near(out, y64, cin*k*k)
+    near(dx, dx64, cout*k*k)
+    np.testing.assert_allclose(dv, dw64[m], rtol=1e-3, atol=2e-3)
 
 @pytest.mark.parametrize('layout', ['planes', 'batch'])
 @pytest.mark.parametrize('k,stride,pad', [(3, 1, 1), (1, 1, 0), (3, 2, 1), (3, 1, 0)])
