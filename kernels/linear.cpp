@@ -38,20 +38,24 @@ struct Work {
         isa.find(op_spmm, 1, int(lanes / b.width), true).spmm({x, lanes, 0, b.width, own ? ps.idx.data() : a.idx.data(), values, ps.begin(c, p),
             ps.count(c, p), y, lanes, 0, b.width, bias, p == 0, own ? ps.perm.data() : nullptr});
     }
-    void sample(const Csr& a, const Panels& ps, i64 c, i64 p, const float* x, const float* dy, float* dvalues) const {
+    void sample(const Csr& a, const Panels& ps, i64 c, i64 p, const float* x, const float* dy, float* dvalues, bool add) const {
         isa.find(op_sddmm, 1, int(lanes / b.width), true).sddmm({x, lanes, 0, b.width, a.idx.data(), ps.begin(c, p), ps.count(c, p),
-            dy, lanes, 0, b.width, dvalues, t > 0});
+            dy, lanes, 0, b.width, dvalues, add});
     }
 };
 
-// One tile after the other, and the longer side of the weight a block at a time, so that what was packed is still in
+// One tile from input to output, the longer side of the weight a block at a time, so that what was packed is still in
 // the L2 cache when it is used.
-struct Serial {
+struct Tiles {
     const Isa& isa; const Batch& b;
     const Csr &a, &at;
     const Panels &ps, &pt;
 
-    i64 block() const { return round_up(a.rows > a.cols ? pt.width : ps.width, row_chunk); }
+    bool tall() const { return a.rows >= a.cols; }
+    i64 block() const { return round_up(tall() ? pt.width : ps.width, row_chunk); }
+    // Floats of scratch for one tile, by inputs and by outputs.
+    i64 x_floats() const { return b.most() * (tall() ? a.cols : block()); }
+    i64 y_floats() const { return b.most() * (tall() ? block() : a.rows); }
     template <class F> void each_block(i64 n, F&& f) const {
         for (i64 i = 0; i < n; i += block()) f(i, std::min(n, i + block()));
     }
@@ -59,14 +63,10 @@ struct Serial {
         for (i64 i = lo / width; i * width < hi; ++i) f(i);
     }
 
-    void forward(const float* x, const float* values, const float* bias, float* out) const {
-        const bool tall = a.rows > a.cols;
-        Scratch xp(b.most() * (tall ? a.cols : block())), y(b.most() * (tall ? block() : a.rows));
-        for (i64 t = 0; t < b.tiles; ++t) {
-            const Work w(isa, b, t);
-            if (tall) forward_rows(w, x, values, bias, out, xp.data(), y.data());
-            else forward_cols(w, x, values, bias, out, xp.data(), y.data());
-        }
+    void forward(i64 t, const float* x, const float* values, const float* bias, float* out, float* xp, float* y) const {
+        const Work w(isa, b, t);
+        if (tall()) forward_rows(w, x, values, bias, out, xp, y);
+        else forward_cols(w, x, values, bias, out, xp, y);
     }
 
     void forward_rows(const Work& w, const float* x, const float* values, const float* bias, float* out, float* xp, float* y) const {
@@ -79,8 +79,8 @@ struct Serial {
     }
 
     void forward_cols(const Work& w, const float* x, const float* values, const float* bias, float* out, float* xp, float* y) const {
-        each_block(std::max<i64>(1, a.cols), [&](i64 c0, i64 c1) {
-            if (a.cols) w.pack(x, a.cols, c0, c1, xp);
+        each_block(a.cols, [&](i64 c0, i64 c1) {
+            w.pack(x, a.cols, c0, c1, xp);
             each(c0, c1, ps.width, [&](i64 p) {
                 for (i64 c = 0; c < ps.n_chunks; ++c) w.multiply(a, ps, c, p, values, bias, xp - c0 * w.lanes, y);
             });
@@ -88,48 +88,97 @@ struct Serial {
         w.unpack(y, a.rows, 0, a.rows, out);
     }
 
-    void backward(const float* x, const float* dy, const float* values, float* dx, float* dvalues) const {
-        const bool tall = a.rows > a.cols;
-        const i64 n = b.most() * (tall ? a.cols : block());
-        Scratch xp(dvalues ? n : 0), dxp(dx ? n : 0), g(b.most() * (tall ? block() : a.rows));
-        for (i64 t = 0; t < b.tiles; ++t) {
-            const Work w(isa, b, t);
-            if (tall) backward_rows(w, x, dy, values, dx, dvalues, xp.data(), dxp.data(), g.data());
-            else backward_cols(w, x, dy, values, dx, dvalues, xp.data(), dxp.data(), g.data());
-        }
+    // Sums of earlier tiles are in dvalues already if add.
+    void backward(i64 t, const float* x, const float* dy, const float* values, float* dx, float* dvalues, bool add,
+                  float* xp, float* dxp, float* g) const {
+        const Work w(isa, b, t);
+        if (tall()) backward_rows(w, x, dy, values, dx, dvalues, add, xp, dxp, g);
+        else backward_cols(w, x, dy, values, dx, dvalues, add, xp, dxp, g);
     }
 
-    void backward_rows(const Work& w, const float* x, const float* dy, const float* values, float* dx, float* dvalues,
+    void backward_rows(const Work& w, const float* x, const float* dy, const float* values, float* dx, float* dvalues, bool add,
                        float* xp, float* dxp, float* g) const {
         if (dvalues) w.pack(x, a.cols, 0, a.cols, xp);
         each_block(a.rows, [&](i64 r0, i64 r1) {
             w.pack(dy, a.rows, r0, r1, g);
             const float* origin = g - r0 * w.lanes;
             if (dvalues)
-                each(r0, r1, ps.chunk, [&](i64 c) { for (i64 p = 0; p < ps.n_panels; ++p) w.sample(a, ps, c, p, xp, origin, dvalues); });
+                each(r0, r1, ps.chunk, [&](i64 c) { for (i64 p = 0; p < ps.n_panels; ++p) w.sample(a, ps, c, p, xp, origin, dvalues, add); });
             if (dx)
                 each(r0, r1, pt.width, [&](i64 p) { for (i64 c = 0; c < pt.n_chunks; ++c) w.multiply(at, pt, c, p, values, nullptr, origin, dxp); });
         });
         if (dx) w.unpack(dxp, a.cols, 0, a.cols, dx);
     }
 
-    void backward_cols(const Work& w, const float* x, const float* dy, const float* values, float* dx, float* dvalues,
+    void backward_cols(const Work& w, const float* x, const float* dy, const float* values, float* dx, float* dvalues, bool add,
                        float* xp, float* dxp, float* g) const {
         w.pack(dy, a.rows, 0, a.rows, g);
         each_block(a.cols, [&](i64 c0, i64 c1) {
             if (dvalues) {
                 w.pack(x, a.cols, c0, c1, xp);
-                each(c0, c1, ps.width, [&](i64 p) { for (i64 c = 0; c < ps.n_chunks; ++c) w.sample(a, ps, c, p, xp - c0 * w.lanes, g, dvalues); });
+                each(c0, c1, ps.width, [&](i64 p) {
+                    for (i64 c = 0; c < ps.n_chunks; ++c) w.sample(a, ps, c, p, xp - c0 * w.lanes, g, dvalues, add);
+                });
             }
             if (!dx) return;
-            each(c0, c1, pt.chunk, [&](i64 c) { for (i64 p = 0; p < pt.n_panels; ++p) w.multiply(at, pt, c, p, values, nullptr, g, dxp - c0 * w.lanes); });
-            w.unpack(dxp, a.cols, c0, c1, dx);
+            each(c0, c1, pt.chunk, [&](i64 c) {
+                const i64 d0 = c * pt.chunk, d1 = std::min(c1, d0 + pt.chunk);
+                for (i64 p = 0; p < pt.n_panels; ++p) w.multiply(at, pt, c, p, values, nullptr, g, dxp - d0 * w.lanes);
+                w.unpack(dxp, a.cols, d0, d1, dx);
+            });
         });
     }
 };
 
-// Everything is packed first, then the threads share rows. The order of every sum is that of Serial.
-struct Threaded {
+// Each thread takes whole tiles. The tiles' shares of the weight gradient are kept apart and added in their order, as
+// one thread adds them, a group of tiles at a time.
+struct ByTile {
+    const Tiles& s; int threads;
+
+    int slots() const { return int(std::min<i64>(threads, s.b.tiles)); }
+    // No thread waits long for the last tile.
+    bool even() const { return threads == 1 || ceil_div(s.b.tiles, threads) * threads * 8 <= s.b.tiles * 9; }
+
+    void forward(const float* x, const float* values, const float* bias, float* out) const {
+        const i64 nx = s.x_floats(), ny = s.y_floats();
+        Scratch xp(nx * slots()), y(ny * slots());
+        parallel_for(s.b.tiles, threads, [&](i64 t, int k) { s.forward(t, x, values, bias, out, xp.data() + k * nx, y.data() + k * ny); });
+    }
+
+    i64 group() const {
+        constexpr i64 most = i64(4) << 20;  // floats
+        const i64 fit = most / std::max<i64>(1, s.a.nnz()) / threads * threads;
+        return std::min(s.b.tiles, std::max<i64>(fit, threads));
+    }
+
+    void backward(const float* x, const float* dy, const float* values, float* dx, float* dvalues) const {
+        const i64 nx = s.x_floats(), ny = s.y_floats(), nnz = s.a.nnz();
+        const bool apart = dvalues && threads > 1;
+        const i64 n = apart ? group() : s.b.tiles;
+        Scratch xp(dvalues ? nx * slots() : 0), dxp(dx ? nx * slots() : 0), g(ny * slots()), shares(apart ? n * nnz : 0);
+        for (i64 t0 = 0; t0 < s.b.tiles; t0 += n) {
+            const i64 count = std::min(n, s.b.tiles - t0);
+            parallel_for(count, threads, [&](i64 i, int k) {
+                const i64 t = t0 + i;
+                float* dv = apart && t ? shares.data() + i * nnz : dvalues;
+                s.backward(t, x, dy, values, dx, dv, !apart && t, xp.data() + k * nx, dxp.data() + k * nx, g.data() + k * ny);
+            });
+            if (apart) add(shares.data(), t0, count, dvalues);
+        }
+    }
+
+    void add(const float* shares, i64 t0, i64 count, float* dvalues) const {
+        constexpr i64 part = 1 << 12;
+        const i64 nnz = s.a.nnz();
+        parallel_for(ceil_div(nnz, part), threads, [&](i64 k, int) {
+            const i64 from = k * part, n = std::min(part, nnz - from);
+            for (i64 i = t0 ? 0 : 1; i < count; ++i) s.isa.accumulate(shares + i * nnz + from, n, dvalues + from);
+        });
+    }
+};
+
+// Few tiles: everything is packed first, then the threads share rows. The order of every sum is that of one thread.
+struct ByRows {
     const Isa& isa; const Batch& b; int threads;
 
     void pack(const float* src, i64 dim, float* dst) const {
@@ -157,7 +206,7 @@ struct Threaded {
         parallel_for(ps.n_chunks, threads, [&](i64 c, int) {
             for (i64 t = 0; t < b.tiles; ++t)
                 for (i64 p = 0; p < ps.n_panels; ++p)
-                    Work(isa, b, t).sample(a, ps, c, p, x + b.start(t) * a.cols, dy + b.start(t) * a.rows, dvalues);
+                    Work(isa, b, t).sample(a, ps, c, p, x + b.start(t) * a.cols, dy + b.start(t) * a.rows, dvalues, t > 0);
         });
     }
 
@@ -219,8 +268,10 @@ void LinearPlan::forward(const float* x, i64 batch, const float* values, const f
     if (batch == 1) { multiply_one(isa, w_, rows_, x, values, bias, out, threads); return; }
     const Batch b(batch, isa.width);
     const auto ps = panels(w_, b.most());
-    if (threads == 1) Serial{isa, b, w_, wt_, *ps, *ps}.forward(x, values, bias, out);
-    else Threaded{isa, b, threads}.forward(w_, *ps, x, values, bias, out);
+    const Tiles tiles{isa, b, w_, wt_, *ps, *ps};
+    const ByTile by{tiles, threads};
+    if (by.even()) by.forward(x, values, bias, out);
+    else ByRows{isa, b, threads}.forward(w_, *ps, x, values, bias, out);
 }
 
 void LinearPlan::backward(const float* x, const float* dy, i64 batch, const float* values, float* dx, float* dvalues, int threads) const {
@@ -236,8 +287,10 @@ void LinearPlan::backward(const float* x, const float* dy, i64 batch, const floa
     }
     const Batch b(batch, isa.width);
     const auto ps = panels(w_, b.most()), pt = panels(wt_, b.most());
-    if (threads == 1) Serial{isa, b, w_, wt_, *ps, *pt}.backward(x, dy, values, dx, dvalues);
-    else Threaded{isa, b, threads}.backward(w_, wt_, *ps, *pt, x, dy, values, dx, dvalues);
+    const Tiles tiles{isa, b, w_, wt_, *ps, *pt};
+    const ByTile by{tiles, threads};
+    if (by.even()) by.backward(x, dy, values, dx, dvalues);
+    else ByRows{isa, b, threads}.backward(w_, wt_, *ps, *pt, x, dy, values, dx, dvalues);
 }
 
 }  // namespace fastsparse

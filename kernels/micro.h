@@ -115,11 +115,8 @@ template <int TR, int TC, bool UNIT> static void sddmm(const SddmmArgs& a) {
 
 // A W x W block at s, transposed; lanes beyond nr rows and nc columns are zero.
 static inline void load_block(const float* s, i64 pitch, i64 nr, i64 nc, V* t) {
-    if (nr == V::W && nc == V::W) {
-#pragma GCC unroll 16
-        for (int i = 0; i < V::W; ++i) t[i] = V::load(s + i * pitch);
-    } else
-        for (int i = 0; i < V::W; ++i) t[i] = i < nr ? V::load_first(s + i * pitch, nc) : V::zero();
+    if (nr == V::W && nc == V::W) { V::load_transposed(s, pitch, t); return; }
+    for (int i = 0; i < V::W; ++i) t[i] = i < nr ? V::load_first(s + i * pitch, nc) : V::zero();
     V::transpose(t);
 }
 
@@ -131,7 +128,6 @@ static void pack(const float* src, i64 src_pitch, i64 rows, i64 cols, float* dst
         for (i64 c = 0; c < cols; c += W) {
             const i64 nc = cols - c < W ? cols - c : W;
             const float* s = src + r * src_pitch + c;
-            for (int i = 0; i < W; ++i) prefetch(s + (i + W) * src_pitch);
             load_block(s, src_pitch, nr, nc, t);
             if (off)
                 for (i64 j = 0; j < nc; ++j) V::store(dst + off[c + j] + r, t[j]);

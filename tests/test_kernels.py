@@ -214,6 +214,23 @@ def test_same_bits_for_any_number_of_threads(isa, layout):
     one, two, again = (run_linear(*args, threads=t) for t in (1, 2, 2))
     for a, b, c in zip(one, two, again): assert a.tobytes() == b.tobytes() == c.tobytes()
 
+@pytest.mark.parametrize('b,i,o', [(128*5, 70, 40), (128*4, 40, 90), (128*9+5, 50, 50)])
+@pytest.mark.parametrize('density', [.02, .6])
+def test_same_bits_when_threads_take_whole_tiles(isa, b, i, o, density):
+    rng = np.random.default_rng(13)
+    w, m = sparse(rng, density, o, i)
+    args = w, m, randn(rng, b, i), randn(rng, b, o), randn(rng, o)
+    one, *more = (run_linear(*args, threads=t) for t in (1, 2, 3, 4))
+    for got in more:
+        for a, b in zip(one, got): assert a.tobytes() == b.tobytes()
+
+def test_same_bits_when_tiles_come_in_groups():
+    "More weight gradients than are kept at a time."
+    rng = np.random.default_rng(14)
+    w, m = sparse(rng, .9, 1300, 1200)
+    args = w, m, randn(rng, 128*8, 1200), randn(rng, 128*8, 1300), None
+    for a, b in zip(run_linear(*args, threads=1), run_linear(*args, threads=2)): assert a.tobytes() == b.tobytes()
+
 def test_one_openmp_runtime_and_torch_governs_it():
     code = '''
 import torch, numpy as np
