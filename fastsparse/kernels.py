@@ -138,10 +138,11 @@ class LinearPlan:
         values:np.ndarray,  # (nnz,); may be None if `dx` is
         dx:np.ndarray,      # (batch, `n_cols`), overwritten, or None if not wanted
         dvalues:np.ndarray, # (nnz,), overwritten, or None if not wanted
-        threads:int=None    # As in `forward`
+        threads:int=None,   # As in `forward`
+        dbias:np.ndarray=None # (`n_rows`,), overwritten with the sums of `dy` over the batch; None: not wanted
     ):
-        "Both gradients at once, which is cheaper than one after the other: `dy` is packed only once"
-        self._p.backward(x, dy, values, dx, dvalues, threads)
+        "All gradients at once, which is cheaper than one after the other: `dy` is packed only once"
+        self._p.backward(x, dy, values, dx, dvalues, threads, dbias)
 
     def __repr__(self): return f'LinearPlan({self.n_rows}x{self.n_cols}, nnz={self.nnz})'
 

@@ -158,6 +158,7 @@ class LinearGeometry(NamedTuple):
     n_cols:int # Input units
 
     depthwise = False
+    kernel_sums_bias = True  # `plan.backward` has an argument for the bias gradient
 
     @property
     def weight_shape(self): return self.n_rows, self.n_cols
@@ -187,6 +188,8 @@ class Conv2dGeometry(NamedTuple):
     dilation:tuple=(1,1)
     groups:int=1
     layout:str=''        # 'planes', 'batch', or '': the kernels choose
+
+    kernel_sums_bias = False
 
     @property
     def depthwise(self): return self.n_in == 1 and self.groups > 1
@@ -266,7 +269,7 @@ def plan_for(
     return build_plan(geom, indptr, indices)
 
 # %% ../nbs/05_layers.ipynb #de835d47
-def _view(geom, t): return geom.batched(t.detach()).numpy()
+def _view(geom, t): return geom.batched(t.detach() if t.requires_grad else t).numpy()
 
 def _survives(plan, kernel, *args):
     "Run a kernel; `False` if it fails or has failed for this structure before. A call with wrong arguments still raises."
@@ -312,13 +315,16 @@ def run_backward(
     x_shape:tuple, # Shape of the input; may be None without `need_x`
     need_x:bool,
     need_v:bool,
-) -> tuple: # Gradients by the input and by the nonzero weights, None where not needed
-    "Both gradients at once, for which `dy` is read once."
+    need_b:bool=False,
+) -> tuple: # Gradients by the input, the nonzero weights and the bias, None where not needed
+    "All gradients at once, for which `dy` is read once."
     dx = dy.new_empty(x_shape) if need_x else None
     dv = dy.new_empty(plan.nnz) if need_v else None
+    db = dy.new_empty(plan.n_rows) if need_b and geom.kernel_sums_bias else None
     ok = _survives(plan, plan.backward, _view(geom, x) if need_v else None, _view(geom, dy), _flat(plan, values) if need_x else None,
-                   _view(geom, dx) if need_x else None, dv.numpy() if need_v else None)
-    return (dx, dv) if ok else _dense_backward(geom, plan, x, dy, values, x_shape, need_x, need_v)
+                   _view(geom, dx) if need_x else None, dv.numpy() if need_v else None, *(() if db is None else (None, db.numpy())))
+    if not ok: dx,dv = _dense_backward(geom, plan, x, dy, values, x_shape, need_x, need_v)
+    return dx, dv, geom.bias_grad(dy) if need_b and not (ok and geom.kernel_sums_bias) else db
 
 # %% ../nbs/05_layers.ipynb #a3eb466e
 class SparseFunction(Function):
@@ -334,9 +340,8 @@ class SparseFunction(Function):
     @once_differentiable
     def backward(ctx, dy):
         (x,values),(need_x,need_v,need_b) = ctx.saved_tensors,ctx.needs_input_grad[:3]
-        dx = dv = None
-        if need_x or need_v: dx,dv = run_backward(ctx.geom, ctx.plan, x, dy.contiguous(), values, ctx.x_shape, need_x, need_v)
-        return dx, dv, ctx.geom.bias_grad(dy) if need_b else None, None, None
+        if not (need_x or need_v): return None, None, ctx.geom.bias_grad(dy) if need_b else None, None, None
+        return *run_backward(ctx.geom, ctx.plan, x, dy.contiguous(), values, ctx.x_shape, need_x, need_v, need_b), None, None
 
 # %% ../nbs/05_layers.ipynb #5af4c8ad
 @torch.library.custom_op('fastsparse::linear', mutates_args=(), device_types='cpu')

@@ -273,6 +273,21 @@ static void gather(const float* src, const uint32_t* perm, i64 n, float* dst) {
     for (i64 k = 0; k < n; ++k) dst[k] = src[perm[k]];
 }
 
+static void row_sums(const float* src, i64 rows, i64 cols, float* dst, bool add) {
+    constexpr int W = V::W;
+    alignas(64) float buf[W * W];
+    for (i64 r = 0; r < rows; r += W) {
+        const i64 n = rows - r < W ? rows - r : W;
+        for (i64 i = 0; i < W; ++i) {
+            V s = V::zero();
+            if (i < n) for (i64 k = 0; k < cols; k += W) s = V::add(s, V::load(src + (r + i) * cols + k));
+            V::store(buf + W * i, s);
+        }
+        const V s = V::reduce(buf);
+        V::store_first(dst + r, add ? V::add(V::load_first(dst + r, n), s) : s, n);
+    }
+}
+
 static void accumulate(const float* src, i64 n, float* dst) {
     i64 i = 0;
     for (; i + V::W <= n; i += V::W) V::store(dst + i, V::add(V::load(dst + i), V::load(src + i)));
@@ -291,4 +306,4 @@ static constexpr Kernel table[] = {
 };
 
 static constexpr Isa isa = {FS_NAME, V::W, V::max_spmm, V::max_sddmm, table, sizeof(table) / sizeof(table[0]),
-                        &pack, &unpack, &spmv, &outer, &gather, &accumulate, &pad, &crop, &pad_every, &spread, &zip, &stream};
+                        &pack, &unpack, &spmv, &outer, &gather, &row_sums, &accumulate, &pad, &crop, &pad_every, &spread, &zip, &stream};

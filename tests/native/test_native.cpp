@@ -56,11 +56,12 @@ void linear(int threads) {
     const i64 b = draw(0, 150), rows = draw(1, 260), cols = draw(1, 260);
     const Mask m(rows, cols, density());
     const LinearPlan plan(m.indptr.data(), rows + 1, m.idx.data(), m.nnz(), rows, cols);
-    Buffer x(b * cols), v(m.nnz()), bias(rows), dy(b * rows), out(b * rows, false), dx(b * cols, false), dv(m.nnz(), false);
-    std::vector<double> ro(size_t(out.n)), rx(size_t(dx.n)), rv(size_t(dv.n));
+    Buffer x(b * cols), v(m.nnz()), bias(rows), dy(b * rows), out(b * rows, false), dx(b * cols, false), dv(m.nnz(), false), db(rows, false);
+    std::vector<double> ro(size_t(out.n)), rx(size_t(dx.n)), rv(size_t(dv.n)), rb(size_t(db.n));
     for (i64 n = 0; n < b; ++n)
         for (i64 r = 0; r < rows; ++r) {
             ro[size_t(n * rows + r)] = bias[r];
+            rb[size_t(r)] += dy[n * rows + r];
             for (i64 k = m.indptr[size_t(r)]; k < m.indptr[size_t(r) + 1]; ++k) {
                 const i64 c = m.idx[size_t(k)];
                 ro[size_t(n * rows + r)] += double(v[k]) * x[n * cols + c];
@@ -69,10 +70,11 @@ void linear(int threads) {
             }
         }
     plan.forward(x.data(), b, v.data(), bias.data(), out.data(), threads);
-    plan.backward(x.data(), dy.data(), b, v.data(), dx.data(), dv.data(), threads);
+    plan.backward(x.data(), dy.data(), b, v.data(), dx.data(), dv.data(), db.data(), threads);
     compare("linear out", out, ro, cols);
     compare("linear dx", dx, rx, rows);
     compare("linear dvalues", dv, rv, b);
+    compare("linear dbias", db, rb, b);
 }
 
 void conv(int threads) {
