@@ -168,10 +168,11 @@ class LinearPlan:
         dx:np.ndarray,      # (batch, `n_cols`), overwritten, or None if not wanted
         dvalues:np.ndarray, # (nnz,), overwritten, or None if not wanted
         threads:int=None,   # As in `forward`
-        dtype:str='float32' # Of `x`, `dy` and `dx`; with 'bfloat16' `values` and `dvalues` are that or float32, each for itself
+        dtype:str='float32',# Of `x`, `dy` and `dx`; with 'bfloat16' `values` and `dvalues` are that or float32, each for itself
+        dbias:np.ndarray=None # (`n_rows`,), float32 like the rest, overwritten with the sums of `dy` over the batch; None: not wanted
     ):
-        "Both gradients at once, which is cheaper than one after the other: `dy` is packed only once"
-        _in(self._p, 'backward', dtype)(x, dy, values, dx, dvalues, threads)
+        "All gradients at once, which is cheaper than one after the other: `dy` is packed only once"
+        _in(self._p, 'backward', dtype)(x, dy, values, dx, dvalues, threads, *(() if dbias is None else (dbias,)))
 
     def __repr__(self): return f'LinearPlan({self.n_rows}x{self.n_cols}, nnz={self.nnz})'
 

@@ -160,6 +160,7 @@ class LinearGeometry(NamedTuple):
     n_cols:int # Input units
 
     depthwise = False
+    kernel_sums_bias = True  # `plan.backward` has an argument for the bias gradient
 
     @property
     def weight_shape(self): return self.n_rows, self.n_cols
@@ -189,6 +190,8 @@ class Conv2dGeometry(NamedTuple):
     dilation:tuple=(1,1)
     groups:int=1
     layout:str=''        # 'planes', 'batch', or '': the kernels choose
+
+    kernel_sums_bias = False
 
     @property
     def depthwise(self): return self.n_in == 1 and self.groups > 1
@@ -271,8 +274,8 @@ def plan_for(
     return build_plan(geom, indptr, indices)
 
 # %% ../nbs/05_layers.ipynb #de835d47
-def _numpy(t): return t.detach().view(torch.int16).numpy() if t.dtype is torch.bfloat16 else t.detach().numpy()
-def _view(geom, t): return _numpy(geom.batched(t.detach()))
+def _numpy(t): return t.detach().view(torch.int16).numpy() if t.dtype is torch.bfloat16 else (t.detach() if t.requires_grad else t).numpy()
+def _view(geom, t): return _numpy(geom.batched(t.detach() if t.requires_grad else t))
 def _in(t): return dict(dtype='bfloat16') if t.dtype is torch.bfloat16 else {}
 
 def _survives(plan, kernel, *args, **kwargs):
@@ -321,14 +324,18 @@ def run_backward(
     need_x:bool,
     need_v:bool,
     v_dtype=None,  # Of the weight's gradient, which is summed in float32 in any case; None: that of `values` or, without them, of `dy`
-) -> tuple: # Gradients by the input and by the nonzero weights, None where not needed
-    "Both gradients at once, for which `dy` is read once."
+    need_b:bool=False,
+    b_dtype=None,  # Of the bias' gradient; None: that of `dy`
+) -> tuple: # Gradients by the input, the nonzero weights and the bias, None where not needed
+    "All gradients at once, for which `dy` is read once."
     dx = dy.new_empty(x_shape) if need_x else None
     v_dtype = v_dtype or (dy if values is None else values).dtype
     dv = dy.new_empty(plan.nnz, dtype=v_dtype) if need_v else None
+    db = dy.new_empty(plan.n_rows) if need_b and geom.kernel_sums_bias and dy.dtype is torch.float32 else None
     ok = _survives(plan, plan.backward, _view(geom, x) if need_v else None, _view(geom, dy), _flat(plan, values) if need_x else None,
-                   _view(geom, dx) if need_x else None, _numpy(dv) if need_v else None, **_in(dy))
-    return (dx, dv) if ok else _dense_backward(geom, plan, x, dy, values, x_shape, need_x, need_v, v_dtype)
+                   _view(geom, dx) if need_x else None, _numpy(dv) if need_v else None, **_in(dy), **({} if db is None else dict(dbias=db.numpy())))
+    if not ok: (dx,dv),db = _dense_backward(geom, plan, x, dy, values, x_shape, need_x, need_v, v_dtype),None
+    return dx, dv, geom.bias_grad(dy, b_dtype or dy.dtype) if need_b and db is None else db
 
 # %% ../nbs/05_layers.ipynb #a3eb466e
 class SparseFunction(Function):
@@ -344,9 +351,8 @@ class SparseFunction(Function):
     @once_differentiable
     def backward(ctx, dy):
         (x,values),(need_x,need_v,need_b) = ctx.saved_tensors,ctx.needs_input_grad[:3]
-        dx = dv = None
-        if need_x or need_v: dx,dv = run_backward(ctx.geom, ctx.plan, x, dy.contiguous(), values, ctx.x_shape, need_x, need_v, ctx.dtypes[0])
-        return dx, dv, ctx.geom.bias_grad(dy, ctx.dtypes[1]) if need_b else None, None, None
+        if not (need_x or need_v): return None, None, ctx.geom.bias_grad(dy, ctx.dtypes[1]) if need_b else None, None, None
+        return *run_backward(ctx.geom, ctx.plan, x, dy.contiguous(), values, ctx.x_shape, need_x, need_v, ctx.dtypes[0], need_b, ctx.dtypes[1]), None, None
 
 # %% ../nbs/05_layers.ipynb #5af4c8ad
 @torch.library.custom_op('fastsparse::linear', mutates_args=(), device_types='cpu')

@@ -132,7 +132,7 @@ void backward_bf16(const LinearPlan& p, const bf16* x, const bf16* dy, i64 batch
     const Isa& isa = current_isa();
     const Floats v(isa, values, p.nnz(), threads);
     backward(isa, pieces(isa, p, batch), p.nnz(), x, dy, dx, dvalues, threads,
-             [&](const float* xf, const float* g, i64 n, float* dxf, float* dv, int inner) { p.backward(xf, g, n, v.data(), dxf, dv, inner); });
+             [&](const float* xf, const float* g, i64 n, float* dxf, float* dv, int inner) { p.backward(xf, g, n, v.data(), dxf, dv, nullptr, inner); });
 }
 
 void forward_bf16(const Conv2dPlan& p, const bf16* x, i64 n, i64 h, i64 w, Reals values, Reals bias, bf16* out, int threads) {

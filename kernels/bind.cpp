@@ -139,16 +139,17 @@ void linear_forward(const LinearPlan& p, const py::array& x, const py::array& va
 }
 
 void linear_backward(const LinearPlan& p, const py::object& x, const py::array& dy, const py::object& values, const py::object& dx,
-                     const py::object& dvalues, const py::object& threads) {
+                     const py::object& dvalues, const py::object& threads, const py::object& dbias) {
     const i64 b = batch_of(dy, "dy", 2);
     const float* gp = input(dy, "dy", {b, p.rows()});
     float* dxp = optional_output(dx, "dx", {b, p.cols()});
     float* dvp = optional_output(dvalues, "dvalues", {p.nnz()});
+    float* dbp = optional_output(dbias, "dbias", {p.rows()});
     const float* vp = dxp ? input(py::cast<py::array>(values), "values", {p.nnz()}) : nullptr;
     const float* xp = dvp ? input(py::cast<py::array>(x), "x", {b, p.cols()}) : nullptr;
     const int t = threads_of(threads);
     py::gil_scoped_release nogil;
-    p.backward(xp, gp, b, vp, dxp, dvp, t);
+    p.backward(xp, gp, b, vp, dxp, dvp, dbp, t);
 }
 
 void linear_forward_bf16(const LinearPlan& p, const py::array& x, const py::array& values, const py::object& bias, py::array& out, const py::object& threads) {
@@ -486,7 +487,7 @@ PYBIND11_MODULE(_kernels, m) {
         .def_property_readonly("n_cols", &LinearPlan::cols)
         .def_property_readonly("nnz", &LinearPlan::nnz)
         .def("forward", &linear_forward, "x"_a, "values"_a, "bias"_a.none(true), "out"_a, "threads"_a = py::none())
-        .def("backward", &linear_backward, "x"_a, "dy"_a, "values"_a, "dx"_a, "dvalues"_a, "threads"_a = py::none())
+        .def("backward", &linear_backward, "x"_a, "dy"_a, "values"_a, "dx"_a, "dvalues"_a, "threads"_a = py::none(), "dbias"_a = py::none())
         .def("forward_bf16", &linear_forward_bf16, "x"_a, "values"_a, "bias"_a.none(true), "out"_a, "threads"_a = py::none())
         .def("backward_bf16", &linear_backward_bf16, "x"_a, "dy"_a, "values"_a, "dx"_a, "dvalues"_a, "threads"_a = py::none());
     py::class_<Conv2dPlan>(m, "Conv2dPlan")

@@ -67,6 +67,8 @@ struct Isa {
     void (*outer)(const float* x, const i32* idx, const Seg* segs, i64 nseg, const float* g, float* dv, bool add);
     // dst[k] = src[perm[k]]
     void (*gather)(const float* src, const uint32_t* perm, i64 n, float* dst);
+    // dst[r] (+)= sum of the cols floats (whole vectors) of row r
+    void (*row_sums)(const float* src, i64 rows, i64 cols, float* dst, bool add);
     // dst[i] += src[i]
     void (*accumulate)(const float* src, i64 n, float* dst);
     // dst[r, left + c] = src[r, c], zeros around it: rows of dst_pitch floats

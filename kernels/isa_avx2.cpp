@@ -67,6 +67,24 @@ struct V {
             t[i + 4].v = _mm256_permute2f128_ps(b[i], b[i + 4], 0x31);
         }
     }
+    // 4 floats of rows 0 and 4: loads that insert cost no shuffle
+    static __m256 half(const float* s, i64 pitch) {
+        return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(s)), _mm_loadu_ps(s + 4 * pitch), 1);
+    }
+    // t[j] is column j of the 8 x 8 floats at s
+    static void load_transposed(const float* s, i64 pitch, V* t) {
+#pragma GCC unroll 2
+        for (int j = 0; j < 8; j += 4) {
+            const __m256 r0 = half(s + j, pitch), r1 = half(s + j + pitch, pitch);
+            const __m256 r2 = half(s + j + 2 * pitch, pitch), r3 = half(s + j + 3 * pitch, pitch);
+            const __m256 a = _mm256_unpacklo_ps(r0, r1), b = _mm256_unpackhi_ps(r0, r1);
+            const __m256 c = _mm256_unpacklo_ps(r2, r3), d = _mm256_unpackhi_ps(r2, r3);
+            t[j].v = _mm256_shuffle_ps(a, c, 0x44);
+            t[j + 1].v = _mm256_shuffle_ps(a, c, 0xee);
+            t[j + 2].v = _mm256_shuffle_ps(b, d, 0x44);
+            t[j + 3].v = _mm256_shuffle_ps(b, d, 0xee);
+        }
+    }
 };
 
 #include "micro.h"

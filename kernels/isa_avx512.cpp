@@ -87,6 +87,27 @@ struct V {
             t[i + 12].v = _mm512_shuffle_f32x4(a[i + 4], a[i + 12], 0xdd);
         }
     }
+    // 4 floats of rows 0, 4, 8 and 12: loads that insert cost no shuffle
+    static __m512 quarter(const float* s, i64 pitch) {
+        __m512 v = _mm512_castps128_ps512(_mm_loadu_ps(s));
+        v = _mm512_insertf32x4(v, _mm_loadu_ps(s + 4 * pitch), 1);
+        v = _mm512_insertf32x4(v, _mm_loadu_ps(s + 8 * pitch), 2);
+        return _mm512_insertf32x4(v, _mm_loadu_ps(s + 12 * pitch), 3);
+    }
+    // t[j] is column j of the 16 x 16 floats at s
+    static void load_transposed(const float* s, i64 pitch, V* t) {
+#pragma GCC unroll 4
+        for (int j = 0; j < 16; j += 4) {
+            const __m512 r0 = quarter(s + j, pitch), r1 = quarter(s + j + pitch, pitch);
+            const __m512 r2 = quarter(s + j + 2 * pitch, pitch), r3 = quarter(s + j + 3 * pitch, pitch);
+            const __m512 a = _mm512_unpacklo_ps(r0, r1), b = _mm512_unpackhi_ps(r0, r1);
+            const __m512 c = _mm512_unpacklo_ps(r2, r3), d = _mm512_unpackhi_ps(r2, r3);
+            t[j].v = _mm512_shuffle_ps(a, c, 0x44);
+            t[j + 1].v = _mm512_shuffle_ps(a, c, 0xee);
+            t[j + 2].v = _mm512_shuffle_ps(b, d, 0x44);
+            t[j + 3].v = _mm512_shuffle_ps(b, d, 0xee);
+        }
+    }
 };
 
 #include "micro.h"

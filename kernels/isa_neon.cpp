@@ -51,6 +51,10 @@ struct V {
         t[2].v = vcombine_f32(vget_high_f32(a.val[0]), vget_high_f32(b.val[0]));
         t[3].v = vcombine_f32(vget_high_f32(a.val[1]), vget_high_f32(b.val[1]));
     }
+    static void load_transposed(const float* s, i64 pitch, V* t) {
+        for (int i = 0; i < W; ++i) t[i] = load(s + i * pitch);
+        transpose(t);
+    }
 };
 
 #include "micro.h"

@@ -40,6 +40,10 @@ struct V {
         for (int i = 0; i < 4; ++i)
             for (int j = 0; j < i; ++j) { const float a = t[i].f[j]; t[i].f[j] = t[j].f[i]; t[j].f[i] = a; }
     }
+    static void load_transposed(const float* s, i64 pitch, V* t) {
+        for (int i = 0; i < W; ++i) t[i] = load(s + i * pitch);
+        transpose(t);
+    }
 };
 
 #include "micro.h"

@@ -38,20 +38,30 @@ struct Work {
         isa.find(op_spmm, 1, int(lanes / b.width), true).spmm({x, lanes, 0, b.width, own ? ps.idx.data() : a.idx.data(), values, ps.begin(c, p),
             ps.count(c, p), y, lanes, 0, b.width, bias, p == 0, own ? ps.perm.data() : nullptr});
     }
-    void sample(const Csr& a, const Panels& ps, i64 c, i64 p, const float* x, const float* dy, float* dvalues) const {
+    void sample(const Csr& a, const Panels& ps, i64 c, i64 p, const float* x, const float* dy, float* dvalues, bool add) const {
         isa.find(op_sddmm, 1, int(lanes / b.width), true).sddmm({x, lanes, 0, b.width, a.idx.data(), ps.begin(c, p), ps.count(c, p),
-            dy, lanes, 0, b.width, dvalues, t > 0});
+            dy, lanes, 0, b.width, dvalues, add});
     }
 };
 
-// One tile after the other, and the longer side of the weight a block at a time, so that what was packed is still in
+struct Backward {
+    const float *x, *dy, *values;
+    float *dx, *dvalues, *dbias;   // null where not wanted
+    bool add;                      // to what earlier tiles left in dvalues and dbias
+};
+
+// One tile from input to output, the longer side of the weight a block at a time, so that what was packed is still in
 // the L2 cache when it is used.
-struct Serial {
+struct Tiles {
     const Isa& isa; const Batch& b;
     const Csr &a, &at;
     const Panels &ps, &pt;
 
-    i64 block() const { return round_up(a.rows > a.cols ? pt.width : ps.width, row_chunk); }
+    bool tall() const { return a.rows >= a.cols; }
+    i64 block() const { return round_up(tall() ? pt.width : ps.width, row_chunk); }
+    // Floats of scratch for one tile, by inputs and by outputs.
+    i64 x_floats() const { return b.most() * (tall() ? a.cols : block()); }
+    i64 y_floats() const { return b.most() * (tall() ? block() : a.rows); }
     template <class F> void each_block(i64 n, F&& f) const {
         for (i64 i = 0; i < n; i += block()) f(i, std::min(n, i + block()));
     }
@@ -59,14 +69,10 @@ struct Serial {
         for (i64 i = lo / width; i * width < hi; ++i) f(i);
     }
 
-    void forward(const float* x, const float* values, const float* bias, float* out) const {
-        const bool tall = a.rows > a.cols;
-        Scratch xp(b.most() * (tall ? a.cols : block())), y(b.most() * (tall ? block() : a.rows));
-        for (i64 t = 0; t < b.tiles; ++t) {
-            const Work w(isa, b, t);
-            if (tall) forward_rows(w, x, values, bias, out, xp.data(), y.data());
-            else forward_cols(w, x, values, bias, out, xp.data(), y.data());
-        }
+    void forward(i64 t, const float* x, const float* values, const float* bias, float* out, float* xp, float* y) const {
+        const Work w(isa, b, t);
+        if (tall()) forward_rows(w, x, values, bias, out, xp, y);
+        else forward_cols(w, x, values, bias, out, xp, y);
     }
 
     void forward_rows(const Work& w, const float* x, const float* values, const float* bias, float* out, float* xp, float* y) const {
@@ -79,8 +85,8 @@ struct Serial {
     }
 
     void forward_cols(const Work& w, const float* x, const float* values, const float* bias, float* out, float* xp, float* y) const {
-        each_block(std::max<i64>(1, a.cols), [&](i64 c0, i64 c1) {
-            if (a.cols) w.pack(x, a.cols, c0, c1, xp);
+        each_block(a.cols, [&](i64 c0, i64 c1) {
+            w.pack(x, a.cols, c0, c1, xp);
             each(c0, c1, ps.width, [&](i64 p) {
                 for (i64 c = 0; c < ps.n_chunks; ++c) w.multiply(a, ps, c, p, values, bias, xp - c0 * w.lanes, y);
             });
@@ -88,48 +94,107 @@ struct Serial {
         w.unpack(y, a.rows, 0, a.rows, out);
     }
 
-    void backward(const float* x, const float* dy, const float* values, float* dx, float* dvalues) const {
-        const bool tall = a.rows > a.cols;
-        const i64 n = b.most() * (tall ? a.cols : block());
-        Scratch xp(dvalues ? n : 0), dxp(dx ? n : 0), g(b.most() * (tall ? block() : a.rows));
-        for (i64 t = 0; t < b.tiles; ++t) {
-            const Work w(isa, b, t);
-            if (tall) backward_rows(w, x, dy, values, dx, dvalues, xp.data(), dxp.data(), g.data());
-            else backward_cols(w, x, dy, values, dx, dvalues, xp.data(), dxp.data(), g.data());
-        }
+    void backward(i64 t, const Backward& k, float* xp, float* dxp, float* g) const {
+        const Work w(isa, b, t);
+        if (tall()) backward_rows(w, k, xp, dxp, g);
+        else backward_cols(w, k, xp, dxp, g);
     }
 
-    void backward_rows(const Work& w, const float* x, const float* dy, const float* values, float* dx, float* dvalues,
-                       float* xp, float* dxp, float* g) const {
-        if (dvalues) w.pack(x, a.cols, 0, a.cols, xp);
+    void pack_dy(const Work& w, const Backward& k, i64 r0, i64 r1, float* g) const {
+        w.pack(k.dy, a.rows, r0, r1, g);
+        if (k.dbias) isa.row_sums(g, r1 - r0, w.lanes, k.dbias + r0, k.add);
+    }
+
+    void backward_rows(const Work& w, const Backward& k, float* xp, float* dxp, float* g) const {
+        if (k.dvalues) w.pack(k.x, a.cols, 0, a.cols, xp);
         each_block(a.rows, [&](i64 r0, i64 r1) {
-            w.pack(dy, a.rows, r0, r1, g);
+            pack_dy(w, k, r0, r1, g);
             const float* origin = g - r0 * w.lanes;
-            if (dvalues)
-                each(r0, r1, ps.chunk, [&](i64 c) { for (i64 p = 0; p < ps.n_panels; ++p) w.sample(a, ps, c, p, xp, origin, dvalues); });
-            if (dx)
-                each(r0, r1, pt.width, [&](i64 p) { for (i64 c = 0; c < pt.n_chunks; ++c) w.multiply(at, pt, c, p, values, nullptr, origin, dxp); });
+            if (k.dvalues)
+                each(r0, r1, ps.chunk, [&](i64 c) {
+                    for (i64 p = 0; p < ps.n_panels; ++p) w.sample(a, ps, c, p, xp, origin, k.dvalues, k.add);
+                });
+            if (k.dx)
+                each(r0, r1, pt.width, [&](i64 p) {
+                    for (i64 c = 0; c < pt.n_chunks; ++c) w.multiply(at, pt, c, p, k.values, nullptr, origin, dxp);
+                });
         });
-        if (dx) w.unpack(dxp, a.cols, 0, a.cols, dx);
+        if (k.dx) w.unpack(dxp, a.cols, 0, a.cols, k.dx);
     }
 
-    void backward_cols(const Work& w, const float* x, const float* dy, const float* values, float* dx, float* dvalues,
-                       float* xp, float* dxp, float* g) const {
-        w.pack(dy, a.rows, 0, a.rows, g);
+    void backward_cols(const Work& w, const Backward& k, float* xp, float* dxp, float* g) const {
+        pack_dy(w, k, 0, a.rows, g);
         each_block(a.cols, [&](i64 c0, i64 c1) {
-            if (dvalues) {
-                w.pack(x, a.cols, c0, c1, xp);
-                each(c0, c1, ps.width, [&](i64 p) { for (i64 c = 0; c < ps.n_chunks; ++c) w.sample(a, ps, c, p, xp - c0 * w.lanes, g, dvalues); });
+            if (k.dvalues) {
+                w.pack(k.x, a.cols, c0, c1, xp);
+                each(c0, c1, ps.width, [&](i64 p) {
+                    for (i64 c = 0; c < ps.n_chunks; ++c) w.sample(a, ps, c, p, xp - c0 * w.lanes, g, k.dvalues, k.add);
+                });
             }
-            if (!dx) return;
-            each(c0, c1, pt.chunk, [&](i64 c) { for (i64 p = 0; p < pt.n_panels; ++p) w.multiply(at, pt, c, p, values, nullptr, g, dxp - c0 * w.lanes); });
-            w.unpack(dxp, a.cols, c0, c1, dx);
+            if (!k.dx) return;
+            each(c0, c1, pt.chunk, [&](i64 c) {
+                const i64 d0 = c * pt.chunk, d1 = std::min(c1, d0 + pt.chunk);
+                for (i64 p = 0; p < pt.n_panels; ++p) w.multiply(at, pt, c, p, k.values, nullptr, g, dxp - d0 * w.lanes);
+                w.unpack(dxp, a.cols, d0, d1, k.dx);
+            });
         });
     }
 };
 
-// Everything is packed first, then the threads share rows. The order of every sum is that of Serial.
-struct Threaded {
+// Each thread takes whole tiles. The tiles' shares of the gradients by weight and bias are kept apart and added in their
+// order, as one thread adds them, a group of tiles at a time.
+struct ByTile {
+    const Tiles& s; int threads;
+
+    int slots() const { return int(std::min<i64>(threads, s.b.tiles)); }
+    // No thread waits long for the last tile.
+    bool even() const { return threads == 1 || ceil_div(s.b.tiles, threads) * threads * 8 <= s.b.tiles * 9; }
+
+    void forward(const float* x, const float* values, const float* bias, float* out) const {
+        const i64 nx = s.x_floats(), ny = s.y_floats();
+        Scratch xp(nx * slots()), y(ny * slots());
+        parallel_for(s.b.tiles, threads, [&](i64 t, int k) { s.forward(t, x, values, bias, out, xp.data() + k * nx, y.data() + k * ny); });
+    }
+
+    i64 share() const { return round_up(s.a.nnz(), s.b.width) + s.a.rows; }
+    i64 group() const {
+        constexpr i64 most = i64(4) << 20;  // floats
+        return std::min(s.b.tiles, std::max<i64>(most / share() / threads * threads, threads));
+    }
+
+    void backward(const Backward& all) const {
+        const i64 nx = s.x_floats(), ny = s.y_floats();
+        const bool apart = (all.dvalues || all.dbias) && threads > 1;
+        const i64 n = apart ? group() : s.b.tiles;
+        Scratch xp(all.dvalues ? nx * slots() : 0), dxp(all.dx ? nx * slots() : 0), g(ny * slots()), shares(apart ? n * share() : 0);
+        for (i64 t0 = 0; t0 < s.b.tiles; t0 += n) {
+            const i64 count = std::min(n, s.b.tiles - t0);
+            parallel_for(count, threads, [&](i64 i, int slot) {
+                Backward k = all;
+                if (apart && t0 + i) {
+                    float* mine = shares.data() + i * share();
+                    if (k.dvalues) k.dvalues = mine;
+                    if (k.dbias) k.dbias = mine + share() - s.a.rows;
+                } else k.add = t0 + i > 0;
+                s.backward(t0 + i, k, xp.data() + slot * nx, dxp.data() + slot * nx, g.data() + slot * ny);
+            });
+            const i64 first = t0 ? 0 : 1;
+            if (apart && all.dvalues) add(shares.data(), first, count, s.a.nnz(), all.dvalues);
+            if (apart && all.dbias) add(shares.data() + share() - s.a.rows, first, count, s.a.rows, all.dbias);
+        }
+    }
+
+    void add(const float* shares, i64 first, i64 count, i64 floats, float* dst) const {
+        constexpr i64 part = 1 << 12;
+        parallel_for(ceil_div(floats, part), threads, [&](i64 k, int) {
+            const i64 from = k * part, n = std::min(part, floats - from);
+            for (i64 i = first; i < count; ++i) s.isa.accumulate(shares + i * share() + from, n, dst + from);
+        });
+    }
+};
+
+// Few tiles: everything is packed first, then the threads share rows. The order of every sum is that of one thread.
+struct ByRows {
     const Isa& isa; const Batch& b; int threads;
 
     void pack(const float* src, i64 dim, float* dst) const {
@@ -157,7 +222,7 @@ struct Threaded {
         parallel_for(ps.n_chunks, threads, [&](i64 c, int) {
             for (i64 t = 0; t < b.tiles; ++t)
                 for (i64 p = 0; p < ps.n_panels; ++p)
-                    Work(isa, b, t).sample(a, ps, c, p, x + b.start(t) * a.cols, dy + b.start(t) * a.rows, dvalues);
+                    Work(isa, b, t).sample(a, ps, c, p, x + b.start(t) * a.cols, dy + b.start(t) * a.rows, dvalues, t > 0);
         });
     }
 
@@ -167,13 +232,20 @@ struct Threaded {
         multiply(a, ps, values, bias, xp.data(), out);
     }
 
-    void backward(const Csr& a, const Csr& at, const Panels& ps, const Panels& pt, const float* x, const float* dy, const float* values,
-                  float* dx, float* dvalues) const {
-        Scratch g(b.floats(a.rows)), xp(dvalues ? b.floats(a.cols) : 0);
-        pack(dy, a.rows, g.data());
-        if (dvalues) pack(x, a.cols, xp.data());
-        if (dx) multiply(at, pt, values, nullptr, g.data(), dx);
-        if (dvalues) sample(a, ps, xp.data(), g.data(), dvalues);
+    void bias(i64 rows, const float* g, float* dbias) const {
+        parallel_for(ceil_div(rows, row_chunk), threads, [&](i64 c, int) {
+            const i64 r0 = c * row_chunk, n = std::min(row_chunk, rows - r0);
+            for (i64 t = 0; t < b.tiles; ++t) isa.row_sums(g + b.start(t) * rows + r0 * b.lanes(t), n, b.lanes(t), dbias + r0, t > 0);
+        });
+    }
+
+    void backward(const Csr& a, const Csr& at, const Panels& ps, const Panels& pt, const Backward& k) const {
+        Scratch g(b.floats(a.rows)), xp(k.dvalues ? b.floats(a.cols) : 0);
+        pack(k.dy, a.rows, g.data());
+        if (k.dvalues) pack(k.x, a.cols, xp.data());
+        if (k.dbias) bias(a.rows, g.data(), k.dbias);
+        if (k.dx) multiply(at, pt, k.values, nullptr, g.data(), k.dx);
+        if (k.dvalues) sample(a, ps, xp.data(), g.data(), k.dvalues);
     }
 };
 
@@ -219,25 +291,36 @@ void LinearPlan::forward(const float* x, i64 batch, const float* values, const f
     if (batch == 1) { multiply_one(isa, w_, rows_, x, values, bias, out, threads); return; }
     const Batch b(batch, isa.width);
     const auto ps = panels(w_, b.most());
-    if (threads == 1) Serial{isa, b, w_, wt_, *ps, *ps}.forward(x, values, bias, out);
-    else Threaded{isa, b, threads}.forward(w_, *ps, x, values, bias, out);
+    const Tiles tiles{isa, b, w_, wt_, *ps, *ps};
+    const ByTile by{tiles, threads};
+    if (by.even()) by.forward(x, values, bias, out);
+    else ByRows{isa, b, threads}.forward(w_, *ps, x, values, bias, out);
 }
 
-void LinearPlan::backward(const float* x, const float* dy, i64 batch, const float* values, float* dx, float* dvalues, int threads) const {
+void LinearPlan::backward(const float* x, const float* dy, i64 batch, const float* values, float* dx, float* dvalues, float* dbias,
+                          int threads) const {
     const Isa& isa = current_isa();
-    if (!batch) { if (dvalues) std::fill(dvalues, dvalues + nnz(), 0.f); return; }
+    if (!batch) {
+        if (dvalues) std::fill(dvalues, dvalues + nnz(), 0.f);
+        if (dbias) std::fill(dbias, dbias + rows(), 0.f);
+        return;
+    }
     if (!rows()) { if (dx) std::fill(dx, dx + batch * cols(), 0.f); return; }
     if (batch == 1) {
         Scratch vt(dx ? nnz() : 0);
         if (dx) permute(isa, wt_, values, vt.data(), threads);
         if (dx) multiply_one(isa, wt_, rows_t_, dy, vt.data(), nullptr, dx, threads);
         if (dvalues) isa.outer(x, w_.idx.data(), rows_.data(), rows(), dy, dvalues, false);
+        if (dbias) std::copy(dy, dy + rows(), dbias);
         return;
     }
     const Batch b(batch, isa.width);
     const auto ps = panels(w_, b.most()), pt = panels(wt_, b.most());
-    if (threads == 1) Serial{isa, b, w_, wt_, *ps, *pt}.backward(x, dy, values, dx, dvalues);
-    else Threaded{isa, b, threads}.backward(w_, wt_, *ps, *pt, x, dy, values, dx, dvalues);
+    const Tiles tiles{isa, b, w_, wt_, *ps, *pt};
+    const ByTile by{tiles, threads};
+    const Backward k{x, dy, values, dx, dvalues, dbias, false};
+    if (by.even()) by.backward(k);
+    else ByRows{isa, b, threads}.backward(w_, wt_, *ps, *pt, k);
 }
 
 }  // namespace fastsparse

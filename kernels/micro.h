@@ -116,11 +116,8 @@ template <int TR, int TC, bool UNIT> static void sddmm(const SddmmArgs& a) {
 
 // A W x W block at s, transposed; lanes beyond nr rows and nc columns are zero.
 static inline void load_block(const float* s, i64 pitch, i64 nr, i64 nc, V* t) {
-    if (nr == V::W && nc == V::W) {
-#pragma GCC unroll 16
-        for (int i = 0; i < V::W; ++i) t[i] = V::load(s + i * pitch);
-    } else
-        for (int i = 0; i < V::W; ++i) t[i] = i < nr ? V::load_first(s + i * pitch, nc) : V::zero();
+    if (nr == V::W && nc == V::W) { V::load_transposed(s, pitch, t); return; }
+    for (int i = 0; i < V::W; ++i) t[i] = i < nr ? V::load_first(s + i * pitch, nc) : V::zero();
     V::transpose(t);
 }
 
@@ -132,7 +129,6 @@ static void pack(const float* src, i64 src_pitch, i64 rows, i64 cols, float* dst
         for (i64 c = 0; c < cols; c += W) {
             const i64 nc = cols - c < W ? cols - c : W;
             const float* s = src + r * src_pitch + c;
-            for (int i = 0; i < W; ++i) prefetch(s + (i + W) * src_pitch);
             load_block(s, src_pitch, nr, nc, t);
             if (off)
                 for (i64 j = 0; j < nc; ++j) V::store(dst + off[c + j] + r, t[j]);
@@ -304,6 +300,21 @@ static void gather(const float* src, const uint32_t* perm, i64 n, float* dst) {
     for (i64 k = 0; k < n; ++k) dst[k] = src[perm[k]];
 }
 
+static void row_sums(const float* src, i64 rows, i64 cols, float* dst, bool add) {
+    constexpr int W = V::W;
+    alignas(64) float buf[W * W];
+    for (i64 r = 0; r < rows; r += W) {
+        const i64 n = rows - r < W ? rows - r : W;
+        for (i64 i = 0; i < W; ++i) {
+            V s = V::zero();
+            if (i < n) for (i64 k = 0; k < cols; k += W) s = V::add(s, V::load(src + (r + i) * cols + k));
+            V::store(buf + W * i, s);
+        }
+        const V s = V::reduce(buf);
+        V::store_first(dst + r, add ? V::add(V::load_first(dst + r, n), s) : s, n);
+    }
+}
+
 static void accumulate(const float* src, i64 n, float* dst) {
     i64 i = 0;
     for (; i + V::W <= n; i += V::W) V::store(dst + i, V::add(V::load(dst + i), V::load(src + i)));
@@ -385,6 +396,6 @@ static constexpr Kernel table[] = {
 };
 
 static constexpr Isa isa = {FS_NAME, V::W, V::max_spmm, V::max_sddmm, table, sizeof(table) / sizeof(table[0]),
-                        &pack, &unpack, &spmv, &outer, &gather, &accumulate, &pad, &crop, &pad_every, &spread, &zip, &stream, FS_MASKED,
+                        &pack, &unpack, &spmv, &outer, &gather, &row_sums, &accumulate, &pad, &crop, &pad_every, &spread, &zip, &stream, FS_MASKED,
                         &moments, &normalise, &grad_moments, &norm_grad, &pool_row, &widen, &narrow};
 #undef FS_MASKED

@@ -39,8 +39,8 @@ public:
     i64 cols() const { return w_.cols; }
     i64 nnz() const { return w_.nnz(); }
     void forward(const float* x, i64 batch, const float* values, const float* bias, float* out, int threads) const;
-    // Either gradient may be null; computed together they share one packed copy of dy.
-    void backward(const float* x, const float* dy, i64 batch, const float* values, float* dx, float* dvalues, int threads) const;
+    // Any gradient may be null; computed together they share one packed copy of dy.
+    void backward(const float* x, const float* dy, i64 batch, const float* values, float* dx, float* dvalues, float* dbias, int threads) const;
 private:
     std::shared_ptr<const Panels> panels(const Csr& a, i64 lanes) const;
     Csr w_, wt_;

@@ -35,13 +35,14 @@ def empty(*shape): return np.full(shape, np.nan, np.float32)
 
 def run_linear(w, m, x, dy, bias, **kw):
     p, v = K.LinearPlan.from_mask(m), w[m]
-    out, dx, dv = empty(x.shape[0], w.shape[0]), empty(*x.shape), empty(p.nnz)
+    out, dx, dv, db = empty(x.shape[0], w.shape[0]), empty(*x.shape), empty(p.nnz), empty(w.shape[0])
     p.forward(x, v, bias, out, **kw)
-    p.backward(x, dy, v, dx, dv, **kw)
-    return out, dx, dv
+    p.backward(x, dy, v, dx, dv, dbias=db, **kw)
+    return out, dx, dv, db
 
 def check_linear(w, m, x, dy, bias):
-    out, dx, dv = run_linear(w, m, x, dy, bias)
+    out, dx, dv, db = run_linear(w, m, x, dy, bias)
+    near(db, dy.astype(np.float64).sum(0), x.shape[0])
     x, w, dy = (a.astype(np.float64) for a in (x, w, dy))
     near(out, x @ w.T + (0 if bias is None else bias), w.shape[1])
     near(dx, dy @ w, w.shape[0])
@@ -166,7 +167,7 @@ def test_sparseprop_zero_valued_active_weights_survive(isa):
     rng = np.random.default_rng(8)
     m = rng.random((20, 30)) < .2
     w, x, dy = np.zeros((20, 30), np.float32), randn(rng, 16, 30), randn(rng, 16, 20)
-    out, dx, dv = run_linear(w, m, x, dy, None)
+    out, dx, dv, _ = run_linear(w, m, x, dy, None)
     assert not out.any() and not dx.any() and dv.shape == (m.sum(),)
     near(dv, (dy.T.astype(np.float64) @ x)[m], 16)
 
@@ -188,7 +189,7 @@ def test_inf_and_nan_pass_through_at_the_nonzeros(isa):
     x, dy = randn(rng, 20, 12), randn(rng, 20, 9)
     x[3, 4], x[5, 6], dy[7, 8] = np.inf, np.nan, -np.inf
     w[w == 0] = 1
-    out, dx, dv = run_linear(w, m, x, dy, None)
+    out, dx, dv, _ = run_linear(w, m, x, dy, None)
     with np.errstate(invalid='ignore'): want = x@w.T, dy@w, (dy.T@x)[m]
     for got, ref in zip((out, dx, dv), want): np.testing.assert_allclose(got, ref, rtol=1e-3, atol=1e-4)
 
@@ -198,7 +199,7 @@ def test_masked_positions_contribute_nothing(isa, bad):
     m = np.ones((5, 6), bool); m[:, 2] = False; m[1] = False
     w, x, dy = randn(rng, 5, 6)*m, randn(rng, 18, 6), randn(rng, 18, 5)
     x[:, 2], dy[:, 1] = bad, bad
-    out, dx, dv = run_linear(w, m, x, dy, None)
+    out, dx, dv, _ = run_linear(w, m, x, dy, None)
     assert np.isfinite(out).all() and np.isfinite(dx).all() and np.isfinite(dv).all() and not out[:, 1].any()
 
 @pytest.mark.parametrize('layout', ['planes', 'batch'])
@@ -214,7 +215,7 @@ def test_inf_in_an_image_reaches_only_its_own_pixels(isa, layout):
 
 def test_denormals_are_not_flushed(isa):
     x, w = np.full((17, 1), 1e-40, np.float32), np.ones((3, 1), np.float32)
-    out, dx, dv = run_linear(w, w != 0, x, np.ones((17, 3), np.float32), None)
+    out, dx, dv, _ = run_linear(w, w != 0, x, np.ones((17, 3), np.float32), None)
     assert (out == x).all() and (dv > 0).all()
 
 # bfloat16: numpy has none, so its bits travel as 16-bit integers
@@ -413,6 +414,23 @@ def test_same_bits_for_any_number_of_threads(isa, layout):
     args = w, m, randn(rng, 200, 200), randn(rng, 200, 300), None
     one, two, again = (run_linear(*args, threads=t) for t in (1, 2, 2))
     for a, b, c in zip(one, two, again): assert a.tobytes() == b.tobytes() == c.tobytes()
+
+@pytest.mark.parametrize('b,i,o', [(128*5, 70, 40), (128*4, 40, 90), (128*9+5, 50, 50)])
+@pytest.mark.parametrize('density', [.02, .6])
+def test_same_bits_when_threads_take_whole_tiles(isa, b, i, o, density):
+    rng = np.random.default_rng(13)
+    w, m = sparse(rng, density, o, i)
+    args = w, m, randn(rng, b, i), randn(rng, b, o), randn(rng, o)
+    one, *more = (run_linear(*args, threads=t) for t in (1, 2, 3, 4))
+    for got in more:
+        for a, b in zip(one, got): assert a.tobytes() == b.tobytes()
+
+def test_same_bits_when_tiles_come_in_groups():
+    "More weight gradients than are kept at a time."
+    rng = np.random.default_rng(14)
+    w, m = sparse(rng, .9, 1300, 1200)
+    args = w, m, randn(rng, 128*8, 1200), randn(rng, 128*8, 1300), None
+    for a, b in zip(run_linear(*args, threads=1), run_linear(*args, threads=2)): assert a.tobytes() == b.tobytes()
 
 def test_one_openmp_runtime_and_torch_governs_it():
     code = '''

@@ -73,12 +73,13 @@ void linear(int threads) {
     const i64 b = draw(0, 150) * (threads == 2 ? 8 : 1), rows = draw(1, 260), cols = draw(1, 260);
     const Mask m(rows, cols, density());
     const LinearPlan plan(m.indptr.data(), rows + 1, m.idx.data(), m.nnz(), rows, cols);
-    Buffer x(b * cols), v(m.nnz()), bias(rows), dy(b * rows), out(b * rows, false), dx(b * cols, false), dv(m.nnz(), false);
+    Buffer x(b * cols), v(m.nnz()), bias(rows), dy(b * rows), out(b * rows, false), dx(b * cols, false), dv(m.nnz(), false), db(rows, false);
     Half x16(x), v16(v), dy16(dy);
-    std::vector<double> ro(size_t(out.n)), rx(size_t(dx.n)), rv(size_t(dv.n));
+    std::vector<double> ro(size_t(out.n)), rx(size_t(dx.n)), rv(size_t(dv.n)), rb(size_t(db.n));
     for (i64 n = 0; n < b; ++n)
         for (i64 r = 0; r < rows; ++r) {
             ro[size_t(n * rows + r)] = bias[r];
+            rb[size_t(r)] += dy[n * rows + r];
             for (i64 k = m.indptr[size_t(r)]; k < m.indptr[size_t(r) + 1]; ++k) {
                 const i64 c = m.idx[size_t(k)];
                 ro[size_t(n * rows + r)] += double(v[k]) * x[n * cols + c];
@@ -87,10 +88,11 @@ void linear(int threads) {
             }
         }
     plan.forward(x.data(), b, v.data(), bias.data(), out.data(), threads);
-    plan.backward(x.data(), dy.data(), b, v.data(), dx.data(), dv.data(), threads);
+    plan.backward(x.data(), dy.data(), b, v.data(), dx.data(), dv.data(), db.data(), threads);
     compare("linear out", std::move(out), ro, cols);
     compare("linear dx", std::move(dx), rx, rows);
     compare("linear dvalues", std::move(dv), rv, b);
+    compare("linear dbias", std::move(db), rb, b);
     Half out16(b * rows), dx16(b * cols), dv16(m.nnz());
     forward_bf16(plan, x16.data(), b, {nullptr, v16.data()}, {bias.data(), nullptr}, out16.data(), threads);
     backward_bf16(plan, x16.data(), dy16.data(), b, {v.data(), nullptr}, dx16.data(), {nullptr, dv16.data()}, threads);
