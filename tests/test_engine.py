@@ -611,7 +611,7 @@ def numbered():
     res = {}
     for nb in sorted((root/'nbs').glob('[0-9]*.ipynb')):
         m = re.search(r'#\| ?default_exp ([\w.]+)', nb.read_text(encoding='utf-8'))
-        if m: res[m[1]] = int(nb.name[:2])
+        if m: res[m[1]] = re.match(r'\d+[a-z]?', nb.name)[0]      # '05' before '05b' before '06a'
     return res
 
 def imports(path):
