@@ -44,11 +44,13 @@ def kernels():
 def training():
     d = load('training')
     if d is None: return ''
-    rows = [(r['model'], pct(r['sparsity']), f"{r['dense_ms']:.0f}", f"{r['amortised_ms']:.0f}", f"{r['speedup']:.2f}×", times(r['target']), f"{r['speedup_over_bf16']:.2f}×", f"{r['update_in_dense_steps']:.1f}", pct(round(r['update_share'], 3)))
+    rows = [(r['model'], pct(r['sparsity']), f"{r['dense_ms']:.0f}", f"{r['amortised_ms']:.0f}", f"{r['speedup']:.2f}×", times(r['target']), f"{r['speedup_over_bf16']:.2f}×", times(r.get('speedup_over_sparseprop')), f"{r['update_in_dense_steps']:.1f}", pct(round(r['update_share'], 3)))
             for res in d['results'] for r in res['rows']]
+    peers = [r['speedup_over_sparseprop'] for res in d['results'] for r in res['rows'] if r.get('speedup_over_sparseprop')]
+    mean = f' ({geomean(peers):.1f}× slower in geometric mean)' if peers else ''
     return ('**Whole training steps** of a fastai `Learner` with RigL: forward, backward, optimizer, callbacks, and the share of a connectivity update every 100 steps, against the same learner dense.\n\n' +
-            table(['model', 'sparsity', 'dense ms', 'sparse ms', 'over dense fp32', 'aim', 'over dense bf16', 'an update, in dense steps', 'updates, share of time'], rows) +
-            f"\n\n{d['cpu']}, {d['isa']}, {d['settings']['threads']} threads, torch {d['versions']['torch']} ([all figures](bench/results/training.json), `make bench-training`).")
+            table(['model', 'sparsity', 'dense ms', 'sparse ms', 'over dense fp32', 'aim', 'over dense bf16', 'over SparseProp', 'an update, in dense steps', 'updates, share of time'], rows) +
+            f"\n\n{d['cpu']}, {d['isa']}, {d['settings']['threads']} threads, torch {d['versions']['torch']}; every contender keeps the memory that tensors free; SparseProp's swap runs the same masked model with a mask that stays{mean} ([all figures](bench/results/training.json), `make bench-training`).")
 
 def memory():
     d,l = load('memory'),load('large')
@@ -75,10 +77,20 @@ def mnist():
     return (f"MNIST, ResNet-34 from scratch, ERK, {s['epochs']} epochs of one-cycle, batch {s['bs']}, seed {s['seed']} (`python bench/bench_mnist.py`):\n\n" +
             table(['method', 'sparsity', 'test accuracy', 'connections (masked layers)', 'updates'], rows))
 
+def cifar():
+    d = load('cifar')
+    if d is None: return ''
+    s,runs = d['settings'],d['runs']
+    levels = list(runs[0]['time_to'])
+    clock = lambda t: '–' if t is None else f'{t:.0f} s'
+    rows = [(r['label'], f"{100*r['accuracy'][-1]:.2f} %", clock(r['seconds'][-1]), *[clock(r['time_to'][l]) for l in levels]) for r in runs]
+    return (f"CIFAR-10, a small ResNet from scratch, {s['epochs']} epochs of one-cycle, batch {s['bs']}, {s['threads']} threads, seed {s['seed']}: wall-clock time of training to a test accuracy (`python bench/bench_cifar.py`).\n\n" +
+            table(['', 'final accuracy', 'training'] + [f'to {float(l):.0%}' for l in levels], rows) + "\n\n![Test accuracy against minutes of training](bench/results/cifar.png)")
+
 def main():
     f = root/'README.md'
     old = new = f.read_text()
-    for name,make in dict(demo=demo, kernels=kernels, training=training, memory=memory, mnist=mnist).items():
+    for name,make in dict(demo=demo, kernels=kernels, training=training, memory=memory, mnist=mnist, cifar=cifar).items():
         pattern = re.compile(rf'(<!-- {name}: begin[^>]*-->\n).*?(<!-- {name}: end -->)', re.S)
         if not pattern.search(new): sys.exit(f'README.md has no place for {name}')
         text = make()

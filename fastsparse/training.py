@@ -625,7 +625,8 @@ def _cpu():
 def _machine():
     "What a timing depends on besides the layer."
     from fastsparse import __version__
-    return f"{_cpu()} | {kernels.isa()} | {torch.get_num_threads()} threads | torch {torch.__version__} | fastsparse {__version__}"
+    built = int(os.path.getmtime(kernels._kernels.__file__))
+    return f"{_cpu()} | {kernels.isa()} | {torch.get_num_threads()} threads | torch {torch.__version__} | fastsparse {__version__}, kernels of {built}"
 
 # %% ../nbs/06a_training.ipynb #f2eda5da
 class TimingCache:
@@ -666,15 +667,16 @@ def _twin(m):
     return nn.Conv2d(m.in_channels, m.out_channels, m.kernel_size, m.stride, m.padding, m.dilation, m.groups, m.bias is not None, m.padding_mode)
 
 # %% ../nbs/06a_training.ipynb #3ff753b9
-def _measure(m, mask, x_shape, need_dx, dense_grad):
+def _measure(m, mask, x_shape, need_dx, dense_grad, cast):
     "Milliseconds of a forward and backward of a layer like `m` with random weights."
     twin = _twin(m)
     twin.register_buffer('weight_mask', mask.clone())
-    ms = measure_layer((SparseConv2d if isinstance(twin, nn.Conv2d) else SparseLinear).from_dense(twin), x_shape, need_dx)
-    sparse = ms.pop('sparse')
-    if dense_grad:
-        set_dense_grad(twin, True)
-        with torch.random.fork_rng(devices=[]), torch.enable_grad(): sparse = interleaved_ms(dict(sparse=training_step(twin, torch.randn(x_shape), need_dx)))['sparse']
+    with torch.autocast('cpu', getattr(torch, cast) if cast else None, enabled=bool(cast)):
+        ms = measure_layer((SparseConv2d if isinstance(twin, nn.Conv2d) else SparseLinear).from_dense(twin), x_shape, need_dx)
+        sparse = ms.pop('sparse')
+        if dense_grad:
+            set_dense_grad(twin, True)
+            with torch.random.fork_rng(devices=[]), torch.enable_grad(): sparse = interleaved_ms(dict(sparse=training_step(twin, torch.randn(x_shape), need_dx)))['sparse']
     return dict(sparse=sparse, dense=min(ms.values()))
 
 # %% ../nbs/06a_training.ipynb #0d0a16bd
@@ -682,6 +684,7 @@ def layer_timing(
     p:SparseParam,       # A masked parameter of a Linear, Conv2d or attention
     x_shape:tuple,       # Its layer's input shape
     need_dx:bool,        # Does anything below need a gradient?
+    cast:str,            # Autocast's dtype on the CPU, such as 'bfloat16'; '': none
     cache:TimingCache,   # Where timings are kept
     dense_grad:bool=False, # With the weight's gradient in full
 ) -> dict: # 'dense' and 'sparse': milliseconds of a forward and backward
@@ -690,8 +693,8 @@ def layer_timing(
     bucket = round(4*log2(density))/4 if density else 'empty'
     bias = m.in_proj_bias if isinstance(m, nn.MultiheadAttention) else m.bias
     conv = f' stride{m.stride} pad{m.padding} dil{m.dilation} groups{m.groups}' if isinstance(m, nn.Conv2d) else ''
-    key = f"{'conv' if conv else 'linear'}{tuple(p.mask.shape)}{conv} bias{int(bias is not None)} x{tuple(x_shape)} dx{int(need_dx)}{' dense dw' if dense_grad else ''} 2^{bucket}"
-    return cache(key, lambda: _measure(m, p.mask, x_shape, need_dx, dense_grad))
+    key = f"{'conv' if conv else 'linear'}{tuple(p.mask.shape)}{conv} bias{int(bias is not None)} x{tuple(x_shape)} dx{int(need_dx)}{' dense dw' if dense_grad else ''}{' '+cast if cast else ''} 2^{bucket}"
+    return cache(key, lambda: _measure(m, p.mask, x_shape, need_dx, dense_grad, cast))
 
 # %% ../nbs/06a_training.ipynb #0cba81f8
 class SparseCompute:
@@ -743,8 +746,9 @@ class SparseCompute:
     def _see(self, m, args, kwargs):
         x = args[0] if args else kwargs.get('input', kwargs.get('query'))
         if not isinstance(x, torch.Tensor): return
-        self.inputs[m] = (tuple(x.shape), x.requires_grad)
-        if isinstance(m, nn.MultiheadAttention): self.inputs[m.out_proj] = (tuple(x.shape), True)
+        cast = str(torch.get_autocast_dtype('cpu')).removeprefix('torch.') if torch.is_autocast_enabled('cpu') else ''
+        self.inputs[m] = (tuple(x.shape), x.requires_grad, cast)
+        if isinstance(m, nn.MultiheadAttention): self.inputs[m.out_proj] = (tuple(x.shape), True, cast)
 
     def _unwatch(self):
         for h in self.handles: h.remove()
@@ -759,8 +763,9 @@ class SparseCompute:
         if self.mode == 'auto':
             ms = layer_timing(p, *self.inputs[p.module], self.cache, self.dense_grad(p))
             row.update(dense_ms=ms['dense'], sparse_ms=ms['sparse'])
-            if ms['sparse'] >= ms['dense']: return {**row, 'why': f"measured {ms['sparse']/ms['dense']:.2f}× slower sparse"}
-            return {**row, 'chosen': 'sparse', 'why': f"measured {ms['dense']/ms['sparse']:.2f}× faster sparse"}
+            cast = f' in {c}' if (c := self.inputs[p.module][2]) else ''
+            if ms['sparse'] >= ms['dense']: return {**row, 'why': f"measured {ms['sparse']/ms['dense']:.2f}× slower sparse{cast}"}
+            return {**row, 'chosen': 'sparse', 'why': f"measured {ms['dense']/ms['sparse']:.2f}× faster sparse{cast}"}
         return {**row, 'chosen': 'sparse', 'why': 'asked for'}
 
     def decide(self):
@@ -812,13 +817,13 @@ class SparseCompute:
     def state_dict(self) -> dict:
         "What a resumed run needs to decide alike from its first batch on."
         names = {m: n for n,m in self.model.named_modules()}
-        return dict(inputs={names[m]: [list(shape), need] for m,(shape,need) in self.inputs.items()},
+        return dict(inputs={names[m]: [list(shape), *rest] for m,(shape,*rest) in self.inputs.items()},
                     chosen=[p.name for p in self.chosen], log=self.log, settled=self.settled, near=self.near.chosen)
 
     def load_state_dict(self, sd:dict):
         "Take up a run's decisions."
         self._unwatch()
-        self.inputs = {self.model.get_submodule(n): (tuple(shape), need) for n,(shape,need) in sd['inputs'].items()}
+        self.inputs = {self.model.get_submodule(n): (tuple(shape), need, *cast, '')[:3] for n,(shape,need,*cast) in sd['inputs'].items()}
         self.chosen = [p for p in self._masked() if p.name in sd['chosen']]
         self.log,self.settled = sd['log'],sd['settled']
         if not self.settled: self.watch()

@@ -388,6 +388,10 @@ def test_updates_under_cpu_autocast_and_of_layers_called_by_keyword():
     cb = dst()
     check(run(learner(Net), 3, cb, Autocast()))
     assert cb.updates
+    auto = learner(Net)
+    check(run(auto, 3, dst(on='auto'), Autocast()))
+    why = sparse_kernels_report(auto)['why']
+    assert why.str.contains('measured').all() and why.str.endswith('in bfloat16').all(), list(why)
 
 def test_a_run_resumed_within_an_epoch_logs_what_the_other_logs(tmp_path):
     through = run(learner(), 3, dst())
