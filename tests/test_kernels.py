@@ -549,3 +549,21 @@ def test_degenerate_sizes(isa):
         p.forward(np.ones((b, i), np.float32), np.empty(0, np.float32), None, out)
         p.backward(np.ones((b, i), np.float32), np.ones((b, o), np.float32), np.empty(0, np.float32), dx, np.empty(0, np.float32))
         assert not out.any() and not dx.any()
+
+def test_weight_gradient_of_rows_that_no_input_reaches_meets_no_stale_memory():
+    "A kernel and padding by which the input gradient leaves rows of dy out: the weight gradient must not take its packed copy."
+    poison = K.LinearPlan.from_mask(np.ones((64, 64)))
+    nan = np.full((64, 64), np.nan, np.float32)
+    poison.forward(nan, np.full(64*64, np.nan, np.float32), None, nan.copy())
+    poison.backward(nan, nan, np.full(64*64, np.nan, np.float32), nan.copy(), np.empty(64*64, np.float32))
+    rng = np.random.default_rng(0)
+    m = rng.random((12, 10, 1, 4)) < .1
+    w = rng.standard_normal(m.shape, np.float32)*m
+    x,dy = rng.standard_normal((2, 10, 3, 12), np.float32),rng.standard_normal((2, 12, 7, 12), np.float32)
+    plan = K.Conv2dPlan.from_mask(m, padding=(1,3,3,0), layout='planes')
+    dx,dv = np.empty_like(x),np.empty(plan.nnz, np.float32)
+    plan.backward(x, dy, w[m], dx, dv)
+    ts = [torch.from_numpy(t).double().requires_grad_() for t in (x, w)]
+    y = F.conv2d(F.pad(ts[0], (3,0,1,3)), ts[1])
+    gx,gw = torch.autograd.grad(y, ts, torch.from_numpy(dy).double())
+    assert np.allclose(dx, gx, atol=1e-4) and np.allclose(dv, gw.numpy()[m], atol=1e-4)
