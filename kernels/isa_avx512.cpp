@@ -9,6 +9,7 @@
 #define FS_NS avx512
 #define FS_NAME "avx512"
 #define FS_MASKS
+#define FS_QUADS
 
 #ifdef __clang__
 #pragma clang attribute push(__attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma"))), apply_to = function)
@@ -49,15 +50,22 @@ struct V {
     }
     static void fence() { _mm_sfence(); }
     static __m512 pair(__m512 a, __m512 b) { return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)); }
-    static __m512 quad(const float* b) {
-        const __m512d p = _mm512_castps_pd(pair(_mm512_load_ps(b), _mm512_load_ps(b + 16)));
-        const __m512d q = _mm512_castps_pd(pair(_mm512_load_ps(b + 32), _mm512_load_ps(b + 48)));
-        return _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(p, q)), _mm512_castpd_ps(_mm512_unpackhi_pd(p, q)));
+    // Four numbers in each 128 bits, one for each vector; then 4 such, with what is left to add a 128 bits apart.
+    static V quad(V a, V b, V c, V d) {
+        const __m512d p = _mm512_castps_pd(pair(a.v, b.v)), q = _mm512_castps_pd(pair(c.v, d.v));
+        return {_mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(p, q)), _mm512_castpd_ps(_mm512_unpackhi_pd(p, q)))};
     }
     static __m512 halves(__m512 a, __m512 b) {
         return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
     }
-    static V reduce(const float* b) { return {halves(halves(quad(b), quad(b + 64)), halves(quad(b + 128), quad(b + 192)))}; }
+    static V reduce_quads(const float* b) {
+        return {halves(halves(_mm512_load_ps(b), _mm512_load_ps(b + 16)), halves(_mm512_load_ps(b + 32), _mm512_load_ps(b + 48)))};
+    }
+    static V reduce(const float* b) {
+        alignas(64) float q[64];
+        for (int i = 0; i < 4; ++i, b += 64) store(q + 16 * i, quad(load(b), load(b + 16), load(b + 32), load(b + 48)));
+        return reduce_quads(q);
+    }
     static void transpose(V* t) {
         __m512 a[16], b[16];
 #pragma GCC unroll 8

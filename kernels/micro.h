@@ -12,50 +12,66 @@ template <int TR, int TC, bool UNIT> struct Tile {
 static inline void prefetch(const void* p) { __builtin_prefetch(p); }
 constexpr int ahead = 2;  // segments whose entries are fetched in advance
 
+// The address in one register: the multiply-adds that read from it then stay one micro-operation each, base + constant.
+static inline const float* address(const float* p) {
+#ifdef __x86_64__
+    asm("" : "+r"(p));
+#endif
+    return p;
+}
+
+// y is read when a row's sum is complete, not before: then nothing waits for it.
 template <int TR, int TC, bool UNIT, bool PERM> static void spmm_rows(const SpmmArgs& a) {
     using T = Tile<TR, TC, UNIT>;
     constexpr int N = T::N, U = T::U;
-    const i64 scale = a.scale, xrow = a.xrow, xcol = a.xcol;
+    const i64 scale = a.scale, xrow = a.xrow, xcol = a.xcol, ypitch = a.ypitch, yrow = a.yrow, ycol = a.ycol;
+    const float *x = a.x, *bias = a.first ? a.bias : nullptr, *values = a.val;
+    const i32* indices = a.idx;
+    const bool add = !a.first, stream = a.stream;
+    float* out = a.y;
     for (const Seg *s = a.segs, *e = s + a.nseg; s != e; ++s) {
-        float* y = a.y + s->row * a.ypitch;
-        const i32* idx = a.idx + s->start;
-        const float* val = PERM ? a.val : a.val + s->start;
+        const i32* idx = indices + s->start;
+        const float* val = PERM ? values : values + s->start;
         const uint32_t* perm = PERM ? a.perm + s->start : nullptr;
-        if (!PERM && s + ahead < e) { prefetch(a.idx + s[ahead].start); prefetch(a.val + s[ahead].start); }
+        if (!PERM && s + ahead < e) { prefetch(indices + s[ahead].start); prefetch(values + s[ahead].start); }
         V acc[U][N];
-        const V init = V::set1(a.first && a.bias ? a.bias[s->row] : 0.f);
+        const V init = V::set1(bias ? bias[s->row] : 0.f);
 #pragma GCC unroll 4
         for (int u = 0; u < U; ++u)
 #pragma GCC unroll 16
             for (int i = 0; i < N; ++i) acc[u][i] = u ? V::zero() : init;
-        if (!a.first)
-#pragma GCC unroll 16
-            for (int i = 0; i < N; ++i) acc[0][i] = V::load(y + (i / TC) * a.yrow + (i % TC) * a.ycol);
         i64 k = 0;
         const i64 n = s->n;
         for (; k + U <= n; k += U)
 #pragma GCC unroll 4
             for (int u = 0; u < U; ++u) {
                 const V b = V::set1(val[PERM ? perm[k + u] : k + u]);
-                const float* p = a.x + idx[k + u] * scale;
+                const float* p = address(x + idx[k + u] * scale);
 #pragma GCC unroll 16
                 for (int i = 0; i < N; ++i) acc[u][i] = V::fma(b, V::load(p + T::at(xrow, xcol, i / TC, i % TC)), acc[u][i]);
             }
         if (U > 1)
             for (; k < n; ++k) {
                 const V b = V::set1(val[PERM ? perm[k] : k]);
-                const float* p = a.x + idx[k] * scale;
+                const float* p = address(x + idx[k] * scale);
 #pragma GCC unroll 16
                 for (int i = 0; i < N; ++i) acc[0][i] = V::fma(b, V::load(p + T::at(xrow, xcol, i / TC, i % TC)), acc[0][i]);
             }
 #pragma GCC unroll 16
-        for (int i = 0; i < N; ++i) {
-            V sum = acc[0][i];
+        for (int i = 0; i < N; ++i)
 #pragma GCC unroll 4
-            for (int u = 1; u < U; ++u) sum = V::add(sum, acc[u][i]);
-            float* to = y + (i / TC) * a.yrow + (i % TC) * a.ycol;
-            if (a.stream) V::stream(to, sum); else V::store(to, sum);
-        }
+            for (int u = 1; u < U; ++u) acc[0][i] = V::add(acc[0][i], acc[u][i]);
+        float* y = out + s->row * ypitch;
+        const auto at = [&](int i) { return y + (i / TC) * yrow + (i % TC) * ycol; };
+        if (add)
+#pragma GCC unroll 16
+            for (int i = 0; i < N; ++i) acc[0][i] = V::add(acc[0][i], V::load(at(i)));
+        if (stream)
+#pragma GCC unroll 16
+            for (int i = 0; i < N; ++i) V::stream(at(i), acc[0][i]);
+        else
+#pragma GCC unroll 16
+            for (int i = 0; i < N; ++i) V::store(at(i), acc[0][i]);
     }
 }
 
@@ -64,54 +80,93 @@ template <int TR, int TC, bool UNIT> static void spmm(const SpmmArgs& a) {
     else spmm_rows<TR, TC, UNIT, false>(a);
 }
 
-// The sums of the vectors in buf go to dv[pos[0..n)]; run: a whole vector of consecutive positions.
-static inline void flush(const float* buf, const uint32_t* pos, float* dv, int n, bool add, bool run) {
-    constexpr int W = V::W;
-    alignas(64) float sum[W];
-    const V s = V::reduce(buf);
-    if (run) {
-        float* d = dv + pos[0];
-        V::store(d, add ? V::add(V::load(d), s) : s);
-        return;
+// Vectors become their sums, W of them at a time. The memory belongs to the caller, so that the rest can stay in registers.
+struct Sums {
+    static constexpr int W = V::W;
+    float *buf, *out;
+    i64 fill = 0;
+#ifdef FS_QUADS
+    static constexpr int floats = 4 * W;
+    V a = V::zero(), b = V::zero(), c = V::zero();  // the last three, which wait for a fourth
+#else
+    static constexpr int floats = W * W;
+#endif
+    Sums(float* buf, float* out) : buf(buf), out(out) {}
+
+    inline void put(V v) {
+#ifdef FS_QUADS
+        ++fill;
+        if ((fill & 3) == 0) {
+            V::store(buf + (fill - 4) * (W / 4), V::quad(a, b, c, v));
+            if (fill == W) flush(V::reduce_quads(buf));
+        }
+        a = b; b = c; c = v;
+#else
+        V::store(buf + W * fill, v);
+        if (++fill == W) flush(V::reduce(buf));
+#endif
     }
-    V::store(sum, s);
-    if (add) for (int i = 0; i < n; ++i) dv[pos[i]] += sum[i];
-    else for (int i = 0; i < n; ++i) dv[pos[i]] = sum[i];
+    inline void flush(V sums) { V::store(out, sums); out += W; fill = 0; }
+    inline void finish() { while (fill) put(V::zero()); }
+};
+
+// dst[i] (+)= src[i]; src is readable up to a whole vector
+static inline void copy_run(const float* src, i64 n, float* dst, bool add) {
+    constexpr int W = V::W;
+    i64 i = 0;
+    for (; i + W <= n; i += W) V::store(dst + i, add ? V::add(V::load(dst + i), V::load(src + i)) : V::load(src + i));
+    if (i < n) V::store_first(dst + i, add ? V::add(V::load_first(dst + i, n - i), V::load(src + i)) : V::load(src + i), n - i);
 }
 
-// The gradient's tile stays in registers while the row's nonzeros run; their partial sums are reduced W at a time, across rows.
+// The gradient's tile stays in registers while the row's nonzeros run. Their sums are collected in the order in which they come,
+// across rows, and then copied row by row to where they belong.
 template <int TR, int TC, bool UNIT> static void sddmm(const SddmmArgs& a) {
     using T = Tile<TR, TC, UNIT>;
-    constexpr int N = T::N, W = V::W;
-    const i64 scale = a.scale, xrow = a.xrow, xcol = a.xcol;
-    alignas(64) float buf[W * W];
-    uint32_t pos[W];
-    for (int i = 0; i < W * W; ++i) buf[i] = 0.f;
-    int fill = 0;
-    bool run = true;        // segments come by length, not by position
-    for (const Seg *s = a.segs, *e = s + a.nseg; s != e; ++s) {
-        if (fill && s->start != pos[fill - 1] + 1) run = false;
-        const float* y = a.y + s->row * a.ypitch;
-        if (s + 2 * ahead < e) {
-            const Seg& n = s[2 * ahead];
-            prefetch(a.idx + n.start);
-            __builtin_prefetch(a.dv + n.start, 1);
-            __builtin_prefetch(a.dv + n.start + n.n, 1);
+    constexpr int N = T::N;
+    constexpr i64 room = 1024;
+    const i64 scale = a.scale, xrow = a.xrow, xcol = a.xcol, ypitch = a.ypitch, yrow = a.yrow, ycol = a.ycol;
+    const float *x = a.x, *dy = a.y;
+    const i32* idx = a.idx;
+    float* dv = a.dv;
+    alignas(64) float collected[room + V::W], buf[Sums::floats];
+    const Seg *s = a.segs, *e = s + a.nseg;
+    for (i64 done = 0; s != e;) {          // entries of s that are done
+        const Seg* first = s;
+        const i64 skip = done;
+        i64 used = 0;
+        Sums sums(buf, collected);
+        while (s != e && used < room) {
+            const i64 n = s->n - done < room - used ? s->n - done : room - used;
+            const float* y = dy + s->row * ypitch;
+            if (s + 2 * ahead < e) {
+                const Seg& next = s[2 * ahead];
+                prefetch(idx + next.start);
+                __builtin_prefetch(dv + next.start, 1);
+                __builtin_prefetch(dv + next.start + next.n, 1);
+            }
+            V g[N];
+#pragma GCC unroll 16
+            for (int i = 0; i < N; ++i) g[i] = V::load(y + (i / TC) * yrow + (i % TC) * ycol);
+            for (const i32 *k = idx + s->start + done, *end = k + n; k != end; ++k) {
+                const float* p = address(x + *k * scale);
+                V acc = V::mul(g[0], V::load(p));
+#pragma GCC unroll 16
+                for (int i = 1; i < N; ++i) acc = V::fma(g[i], V::load(p + T::at(xrow, xcol, i / TC, i % TC)), acc);
+                sums.put(acc);
+            }
+            used += n;
+            done += n;
+            if (done == s->n) { ++s; done = 0; }
         }
-        V g[N];
-#pragma GCC unroll 16
-        for (int i = 0; i < N; ++i) g[i] = V::load(y + (i / TC) * a.yrow + (i % TC) * a.ycol);
-        for (uint32_t k = s->start, end = k + s->n; k != end; ++k) {
-            const float* p = a.x + a.idx[k] * scale;
-            V acc = V::mul(g[0], V::load(p));
-#pragma GCC unroll 16
-            for (int i = 1; i < N; ++i) acc = V::fma(g[i], V::load(p + T::at(xrow, xcol, i / TC, i % TC)), acc);
-            V::store(buf + W * fill, acc);
-            pos[fill] = k;
-            if (++fill == W) { flush(buf, pos, a.dv, W, a.add, run); fill = 0; run = true; }
+        sums.finish();
+        const float* from = collected;
+        for (i64 off = skip; used; ++first, off = 0) {
+            const i64 n = first->n - off < used ? first->n - off : used;
+            copy_run(from, n, dv + first->start + off, a.add);
+            from += n;
+            used -= n;
         }
     }
-    if (fill) flush(buf, pos, a.dv, fill, a.add, false);
 }
 
 // A W x W block at s, transposed; lanes beyond nr rows and nc columns are zero.
