@@ -32,7 +32,7 @@ struct Work {
     void unpack(const float* src, i64 dim, i64 c0, i64 c1, float* dst) const {
         isa.unpack(src, lanes, c1 - c0, b.used(t), dst + b.start(t) * dim + c0, dim);
     }
-    // y[row, lane] (+)= chunk c of a, panel p, times x[column, lane]
+    // y[row, lane] (+)= chunk c, panel p, of a or its transpose, times x[column, lane]
     void multiply(const Csr& a, const Panels& ps, i64 c, i64 p, const float* values, const float* bias, const float* x, float* y) const {
         const bool own = !ps.idx.empty();
         isa.find(op_spmm, 1, int(lanes / b.width), true).spmm({x, lanes, 0, b.width, own ? ps.idx.data() : a.idx.data(), values, ps.begin(c, p),
@@ -54,7 +54,7 @@ struct Backward {
 // the L2 cache when it is used.
 struct Tiles {
     const Isa& isa; const Batch& b;
-    const Csr &a, &at;
+    const Csr& a;
     const Panels &ps, &pt;
 
     bool tall() const { return a.rows >= a.cols; }
@@ -116,7 +116,7 @@ struct Tiles {
                 });
             if (k.dx)
                 each(r0, r1, pt.width, [&](i64 p) {
-                    for (i64 c = 0; c < pt.n_chunks; ++c) w.multiply(at, pt, c, p, k.values, nullptr, origin, dxp);
+                    for (i64 c = 0; c < pt.n_chunks; ++c) w.multiply(a, pt, c, p, k.values, nullptr, origin, dxp);
                 });
         });
         if (k.dx) w.unpack(dxp, a.cols, 0, a.cols, k.dx);
@@ -134,7 +134,7 @@ struct Tiles {
             if (!k.dx) return;
             each(c0, c1, pt.chunk, [&](i64 c) {
                 const i64 d0 = c * pt.chunk, d1 = std::min(c1, d0 + pt.chunk);
-                for (i64 p = 0; p < pt.n_panels; ++p) w.multiply(at, pt, c, p, k.values, nullptr, g, dxp - d0 * w.lanes);
+                for (i64 p = 0; p < pt.n_panels; ++p) w.multiply(a, pt, c, p, k.values, nullptr, g, dxp - d0 * w.lanes);
                 w.unpack(dxp, a.cols, d0, d1, k.dx);
             });
         });
@@ -211,10 +211,10 @@ struct ByRows {
         Scratch space(scratch * threads);
         parallel_for(b.tiles * ps.n_chunks, threads, [&](i64 task, int slot) {
             const Work w(isa, b, task / ps.n_chunks);
-            const i64 c = task % ps.n_chunks, r0 = c * ps.chunk, r1 = std::min(a.rows, r0 + ps.chunk);
+            const i64 c = task % ps.n_chunks, r0 = c * ps.chunk, r1 = std::min(ps.rows, r0 + ps.chunk);
             float* y = space.data() + slot * scratch;
-            for (i64 p = 0; p < ps.n_panels; ++p) w.multiply(a, ps, c, p, values, bias, packed + b.start(w.t) * a.cols, y - r0 * w.lanes);
-            w.unpack(y, a.rows, r0, r1, out);
+            for (i64 p = 0; p < ps.n_panels; ++p) w.multiply(a, ps, c, p, values, bias, packed + b.start(w.t) * ps.cols, y - r0 * w.lanes);
+            w.unpack(y, ps.rows, r0, r1, out);
         });
     }
 
@@ -239,12 +239,12 @@ struct ByRows {
         });
     }
 
-    void backward(const Csr& a, const Csr& at, const Panels& ps, const Panels& pt, const Backward& k) const {
+    void backward(const Csr& a, const Panels& ps, const Panels& pt, const Backward& k) const {
         Scratch g(b.floats(a.rows)), xp(k.dvalues ? b.floats(a.cols) : 0);
         pack(k.dy, a.rows, g.data());
         if (k.dvalues) pack(k.x, a.cols, xp.data());
         if (k.dbias) bias(a.rows, g.data(), k.dbias);
-        if (k.dx) multiply(at, pt, k.values, nullptr, g.data(), k.dx);
+        if (k.dx) multiply(a, pt, k.values, nullptr, g.data(), k.dx);
         if (k.dvalues) sample(a, ps, xp.data(), g.data(), k.dvalues);
     }
 };
@@ -267,22 +267,29 @@ void multiply_one(const Isa& isa, const Csr& a, const std::vector<Seg>& segs, co
 }  // namespace
 
 LinearPlan::LinearPlan(const i64* indptr, i64 n_indptr, const i32* idx, i64 nnz, i64 rows, i64 cols)
-    : w_(checked_csr(indptr, n_indptr, idx, nnz, rows, cols)), wt_(transposed(w_)), rows_(row_segs(w_)), rows_t_(row_segs(wt_)) {}
+    : w_(checked_csr(indptr, n_indptr, idx, nnz, rows, cols)), rows_(row_segs(w_)) {}
 
 // A panel fits the L1 cache, unless that leaves too few nonzeros in a row of it to be worth loading the outputs again.
-std::shared_ptr<const Panels> LinearPlan::panels(const Csr& a, i64 lanes) const {
+std::shared_ptr<const Panels> LinearPlan::panels(bool transposed, i64 lanes) const {
     constexpr i64 l1_floats = 12 * 1024, l2_floats = 128 * 1024;
     constexpr double few = 12;
-    const double density = double(a.nnz()) / std::max(1., double(a.rows) * double(a.cols));
+    const double density = double(nnz()) / std::max(1., double(rows()) * double(cols()));
     const i64 fits = l1_floats / lanes, most = l2_floats / lanes;
     const i64 want = std::clamp(density * most > few ? i64(few / density) : most, fits, most);
     const i64 width = want < row_chunk ? row_chunk / 2 : round_up(want - row_chunk / 2, row_chunk);
     std::lock_guard<std::mutex> guard(lock_);
     for (const auto& c : cache_)
-        if (c.first == &a && c.second->width == width) return c.second;
+        if (c.transposed == transposed && c.panels->width == width) return c.panels;
     if (cache_.size() >= 8) cache_.erase(cache_.begin());
-    cache_.emplace_back(&a, std::make_shared<Panels>(a, 0, a.rows, row_chunk, width, &a == &wt_));
-    return cache_.back().second;
+    cache_.push_back({transposed, transposed ? std::make_shared<Panels>(Panels::transposed(w_, row_chunk, width))
+                                             : std::make_shared<Panels>(w_, 0, rows(), row_chunk, width, false)});
+    return cache_.back().panels;
+}
+
+const Csr& LinearPlan::columns() const {
+    std::lock_guard<std::mutex> guard(lock_);
+    if (!columns_) columns_ = std::make_unique<const Csr>(transposed(w_));
+    return *columns_;
 }
 
 void LinearPlan::forward(const float* x, i64 batch, const float* values, const float* bias, float* out, int threads) const {
@@ -290,8 +297,8 @@ void LinearPlan::forward(const float* x, i64 batch, const float* values, const f
     if (!batch || !rows()) return;
     if (batch == 1) { multiply_one(isa, w_, rows_, x, values, bias, out, threads); return; }
     const Batch b(batch, isa.width);
-    const auto ps = panels(w_, b.most());
-    const Tiles tiles{isa, b, w_, wt_, *ps, *ps};
+    const auto ps = panels(false, b.most());
+    const Tiles tiles{isa, b, w_, *ps, *ps};
     const ByTile by{tiles, threads};
     if (by.even()) by.forward(x, values, bias, out);
     else ByRows{isa, b, threads}.forward(w_, *ps, x, values, bias, out);
@@ -307,20 +314,23 @@ void LinearPlan::backward(const float* x, const float* dy, i64 batch, const floa
     }
     if (!rows()) { if (dx) std::fill(dx, dx + batch * cols(), 0.f); return; }
     if (batch == 1) {
-        Scratch vt(dx ? nnz() : 0);
-        if (dx) permute(isa, wt_, values, vt.data(), threads);
-        if (dx) multiply_one(isa, wt_, rows_t_, dy, vt.data(), nullptr, dx, threads);
+        if (dx) {
+            const Csr& wt = columns();
+            Scratch vt(nnz());
+            permute(isa, wt, values, vt.data(), threads);
+            multiply_one(isa, wt, row_segs(wt), dy, vt.data(), nullptr, dx, threads);
+        }
         if (dvalues) isa.outer(x, w_.idx.data(), rows_.data(), rows(), dy, dvalues, false);
         if (dbias) std::copy(dy, dy + rows(), dbias);
         return;
     }
     const Batch b(batch, isa.width);
-    const auto ps = panels(w_, b.most()), pt = panels(wt_, b.most());
-    const Tiles tiles{isa, b, w_, wt_, *ps, *pt};
+    const auto ps = panels(false, b.most()), pt = panels(true, b.most());
+    const Tiles tiles{isa, b, w_, *ps, *pt};
     const ByTile by{tiles, threads};
     const Backward k{x, dy, values, dx, dvalues, dbias, false};
     if (by.even()) by.backward(k);
-    else ByRows{isa, b, threads}.backward(w_, wt_, *ps, *pt, k);
+    else ByRows{isa, b, threads}.backward(w_, *ps, *pt, k);
 }
 
 }  // namespace fastsparse

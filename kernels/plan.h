@@ -16,6 +16,7 @@ struct Csr {
 // The order in which the nonzeros run: rows in chunks, within a chunk the columns in panels that stay in the L1 cache, and
 // within a panel the rows by their number of nonzeros there, so that the branch at a row's end is predicted.
 struct Panels {
+    i64 rows, cols;
     i64 width;                    // columns in a panel
     i64 row0, chunk;              // the first row, rows in a chunk
     i64 n_chunks, n_panels;
@@ -24,12 +25,15 @@ struct Panels {
     std::vector<i32> idx;         // in this order, if asked for
     std::vector<uint32_t> perm;
     Panels(const Csr& a, i64 row0, i64 row1, i64 chunk, i64 width, bool reorder);
+    static Panels transposed(const Csr& a, i64 chunk, i64 width);  // of a's columns, in this order
     const Seg* begin(i64 c, i64 p) const { return segs.data() + at[c * n_panels + p]; }
     i64 count(i64 c, i64 p) const { return at[c * n_panels + p + 1] - at[c * n_panels + p]; }
+private:
+    Panels(i64 rows, i64 cols, i64 chunk, i64 width);
 };
 
 Csr checked_csr(const i64* indptr, i64 n_indptr, const i32* idx, i64 nnz, i64 rows, i64 cols);
-Csr transposed(const Csr& a);
+Csr transposed(const Csr& a);    // perm: where its entries are in a
 std::vector<Seg> row_segs(const Csr& a);
 
 class LinearPlan {
@@ -42,11 +46,14 @@ public:
     // Any gradient may be null; computed together they share one packed copy of dy.
     void backward(const float* x, const float* dy, i64 batch, const float* values, float* dx, float* dvalues, float* dbias, int threads) const;
 private:
-    std::shared_ptr<const Panels> panels(const Csr& a, i64 lanes) const;
-    Csr w_, wt_;
-    std::vector<Seg> rows_, rows_t_;
+    struct Cached { bool transposed; std::shared_ptr<const Panels> panels; };
+    std::shared_ptr<const Panels> panels(bool transposed, i64 lanes) const;
+    const Csr& columns() const;   // for a single item, made when it is first needed
+    Csr w_;
+    std::vector<Seg> rows_;
     mutable std::mutex lock_;
-    mutable std::vector<std::pair<const Csr*, std::shared_ptr<const Panels>>> cache_;
+    mutable std::vector<Cached> cache_;
+    mutable std::unique_ptr<const Csr> columns_;
 };
 
 struct ConvShape {

@@ -43,8 +43,11 @@ static void store_in_order(const Csr& a, std::vector<Seg>& segs, std::vector<i32
     }
 }
 
+Panels::Panels(i64 rows, i64 cols, i64 chunk, i64 width)
+    : rows(rows), cols(cols), width(width), row0(0), chunk(chunk), n_chunks(ceil_div(rows, chunk)), n_panels(std::max<i64>(1, ceil_div(cols, width))) {}
+
 Panels::Panels(const Csr& a, i64 row0, i64 row1, i64 chunk, i64 width, bool reorder)
-    : width(width), row0(row0), chunk(chunk), n_chunks(ceil_div(row1 - row0, chunk)), n_panels(std::max<i64>(1, ceil_div(a.cols, width))) {
+    : rows(a.rows), cols(a.cols), width(width), row0(row0), chunk(chunk), n_chunks(ceil_div(row1 - row0, chunk)), n_panels(std::max<i64>(1, ceil_div(a.cols, width))) {
     std::vector<std::vector<Seg>> panel(n_panels);
     std::vector<i32> count;
     at.reserve(n_chunks * n_panels + 1);
@@ -67,6 +70,79 @@ Panels::Panels(const Csr& a, i64 row0, i64 row1, i64 chunk, i64 width, bool reor
     }
     at.push_back(i64(segs.size()));
     if (reorder) store_in_order(a, segs, idx, perm);
+}
+
+namespace {
+
+// f(row, chunk, first entry, end) for each run of entries of a row within a chunk of columns.
+template <class F> void each_run(const Csr& a, i64 chunk, F&& f) {
+    for (i64 r = 0; r < a.rows; ++r)
+        for (i64 k = a.indptr[r], end = a.indptr[r + 1]; k < end;) {
+            const i64 c = a.idx[k] / chunk, limit = (c + 1) * chunk, first = k;
+            while (k < end && a.idx[k] < limit) ++k;
+            f(r, c, first, k);
+        }
+}
+
+// The entries of a, chunk of columns by chunk, those of a chunk in the order of the rows.
+struct ByChunk {
+    struct Entry { i32 row; uint32_t at; };
+    std::vector<i64> start;
+    std::unique_ptr<Entry[]> entries;
+    std::unique_ptr<uint16_t[]> col;  // within the chunk
+    ByChunk(const Csr& a, i64 chunk)
+        : start(size_t(ceil_div(a.cols, chunk)) + 1, 0), entries(new Entry[a.idx.size()]), col(new uint16_t[a.idx.size()]) {
+        each_run(a, chunk, [&](i64, i64 c, i64 first, i64 end) { start[c + 1] += end - first; });
+        for (size_t c = 1; c < start.size(); ++c) start[c] += start[c - 1];
+        std::vector<i64> to(start.begin(), start.end() - 1);
+        each_run(a, chunk, [&](i64 r, i64 c, i64 first, i64 end) {
+            Entry* e = entries.get() + to[c] - first;
+            uint16_t* l = col.get() + to[c] - first;
+            for (i64 k = first; k < end; ++k) {
+                e[k] = {i32(r), uint32_t(k)};
+                l[k] = uint16_t(a.idx[k] - c * chunk);
+            }
+            to[c] += end - first;
+        });
+    }
+};
+
+}  // namespace
+
+// Two passes, each of which writes to few places at a time: transposing first would write to all columns at once.
+Panels Panels::transposed(const Csr& a, i64 chunk, i64 width) {
+    Panels t(a.cols, a.rows, chunk, width);
+    const ByChunk by(a, chunk);
+    t.idx.resize(a.idx.size());
+    t.perm.resize(a.idx.size());
+    std::vector<Seg> panel;
+    std::vector<i32> count, n(static_cast<size_t>(chunk));
+    std::vector<uint32_t> to(static_cast<size_t>(chunk));
+    uint32_t used = 0;
+    for (i64 c = 0; c < t.n_chunks; ++c) {
+        const i64 c0 = c * chunk, c1 = std::min(a.cols, c0 + chunk);
+        i64 i = by.start[c];
+        for (i64 p = 0; p < t.n_panels; ++p) {
+            const i64 first = i, limit = p == t.n_panels - 1 ? a.rows : (p + 1) * width;
+            std::fill(n.begin(), n.end(), 0);
+            for (; i < by.start[c + 1] && by.entries[i].row < limit; ++i) ++n[by.col[i]];
+            for (i64 r = c0; r < c1; ++r) panel.push_back({0, i32(r), n[r - c0]});
+            t.at.push_back(i64(t.segs.size()));
+            append_sorted(panel, p == 0, count, t.segs);
+            for (i64 s = t.at.back(); s < i64(t.segs.size()); ++s) {
+                Seg& seg = t.segs[s];
+                seg.start = to[seg.row - c0] = used;
+                used += uint32_t(seg.n);
+            }
+            for (i64 k = first; k < i; ++k) {
+                const uint32_t at = to[by.col[k]]++;
+                t.idx[at] = by.entries[k].row;
+                t.perm[at] = by.entries[k].at;
+            }
+        }
+    }
+    t.at.push_back(i64(t.segs.size()));
+    return t;
 }
 
 static void bad(const std::string& what) { throw std::invalid_argument(what); }
