@@ -28,6 +28,7 @@ struct SpmmArgs {
     const float* bias;                // one per matrix row, or null
     bool first;                       // start from bias (or 0) instead of from y
     const uint32_t* perm = nullptr;   // where the values are in val, unless at k itself
+    bool one_sum = false;             // narrow tiles too sum a row from its first nonzero to its last, as wide ones do
     bool stream = false;              // results go past the caches, y being aligned to vectors; a fence is the caller's business
 };
 
@@ -67,8 +68,8 @@ struct Isa {
     void (*outer)(const float* x, const i32* idx, const Seg* segs, i64 nseg, const float* g, float* dv, bool add);
     // dst[k] = src[perm[k]]
     void (*gather)(const float* src, const uint32_t* perm, i64 n, float* dst);
-    // dst[r] (+)= sum of the cols floats (whole vectors) of row r
-    void (*row_sums)(const float* src, i64 rows, i64 cols, float* dst, bool add);
+    // dst[r] (+)= sum of the cols floats (whole vectors) of row r in each of the parts, which are `apart` floats from each other
+    void (*row_sums)(const float* src, i64 rows, i64 cols, i64 parts, i64 apart, float* dst, bool add);
     // dst[i] += src[i]
     void (*accumulate)(const float* src, i64 n, float* dst);
     // dst[r, left + c] = src[r, c], zeros around it: rows of dst_pitch floats

@@ -98,7 +98,7 @@ void run_phase(const Isa& isa, const Gather& g, i64 phase, i64 c, i64 rows, cons
     each_tile(ceil_div(flat(g, rows, cols), W), isa.max_spmm, [&](i64 v, int n) {
         const SpmmFn run = isa.find(op_spmm, 1, n, true).spmm;
         for (i64 p = 0; p < ps.n_panels; ++p)
-            run({block + v * W, 1, 0, W, ph.off.data(), values, ps.begin(c, p), ps.count(c, p), y + v * W, ypitch, 0, W, bias, p == 0, ph.perm(), stream});
+            run({block + v * W, 1, 0, W, ph.off.data(), values, ps.begin(c, p), ps.count(c, p), y + v * W, ypitch, 0, W, bias, p == 0, ph.perm(), false, stream});
     });
 }
 

@@ -7,40 +7,45 @@ namespace fastsparse {
 namespace {
 
 // Rows in a chunk; panels are half a chunk or whole chunks, so that blocks of rows end where both do.
-constexpr i64 max_vectors = 8, row_chunk = 192;
+constexpr i64 row_chunk = 192;
 
 // The batch in tiles of at most max_vectors vectors, as even as they come.
 struct Batch {
     i64 items, width, vectors, tiles;
-    Batch(i64 b, int w) : items(b), width(w), vectors(ceil_div(b, w)), tiles(ceil_div(vectors, max_vectors)) {}
+    Batch(i64 b, int w, i64 max_vectors) : items(b), width(w), vectors(ceil_div(b, w)), tiles(ceil_div(vectors, max_vectors)) {}
     i64 start(i64 t) const { return vectors * t / tiles * width; }
     i64 lanes(i64 t) const { return start(t + 1) - start(t); }
     i64 most() const { return ceil_div(vectors, tiles) * width; }
-    i64 used(i64 t) const { return std::min(items, start(t + 1)) - start(t); }
     i64 floats(i64 dim) const { return vectors * width * dim; }
 };
 
-// One tile of one product: what both the serial and the threaded order are made of.
+// No thread waits long for the last task.
+bool shared_evenly(i64 tasks, int threads) { return threads == 1 || ceil_div(tasks, threads) * threads * 8 <= tasks * 9; }
+
+// One tile of one product, or a part of its lanes: what both the serial and the threaded order are made of.
 struct Work {
-    const Isa& isa; const Batch& b; i64 t, lanes;
-    Work(const Isa& isa, const Batch& b, i64 t) : isa(isa), b(b), t(t), lanes(b.lanes(t)) {}
+    const Isa& isa; const Batch& b; i64 t, lanes, item, used;
+    bool part;
+    Work(const Isa& isa, const Batch& b, i64 t, i64 p = 0, i64 parts = 1)
+        : isa(isa), b(b), t(t), lanes(b.lanes(t) / parts), item(b.start(t) + p * lanes), used(std::min(lanes, b.items - item)), part(parts > 1) {}
 
     // src[item, c0..c1] -> dst[column - c0, lane]
     void pack(const float* src, i64 dim, i64 c0, i64 c1, float* dst) const {
-        isa.pack(src + b.start(t) * dim + c0, dim, b.used(t), c1 - c0, dst, lanes, nullptr);
+        isa.pack(src + item * dim + c0, dim, used, c1 - c0, dst, lanes, nullptr);
     }
     void unpack(const float* src, i64 dim, i64 c0, i64 c1, float* dst) const {
-        isa.unpack(src, lanes, c1 - c0, b.used(t), dst + b.start(t) * dim + c0, dim);
+        isa.unpack(src, lanes, c1 - c0, used, dst + item * dim + c0, dim);
     }
     // y[row, lane] (+)= chunk c, panel p, of a or its transpose, times x[column, lane]
     void multiply(const Csr& a, const Panels& ps, i64 c, i64 p, const float* values, const float* bias, const float* x, float* y) const {
         const bool own = !ps.idx.empty();
-        isa.find(op_spmm, 1, int(lanes / b.width), true).spmm({x, lanes, 0, b.width, own ? ps.idx.data() : a.idx.data(), values, ps.begin(c, p),
-            ps.count(c, p), y, lanes, 0, b.width, bias, p == 0, own ? ps.perm.data() : nullptr});
+        isa.find(op_spmm, 1, int(lanes / b.width), true).spmm({x, lanes, 0, b.width, own ? ps.idx.data() : a.idx.data(), values,
+            ps.begin(c, p), ps.count(c, p), y, lanes, 0, b.width, bias, p == 0, own ? ps.perm.data() : nullptr, part});
     }
     void sample(const Csr& a, const Panels& ps, i64 c, i64 p, const float* x, const float* dy, float* dvalues, bool add) const {
-        isa.find(op_sddmm, 1, int(lanes / b.width), true).sddmm({x, lanes, 0, b.width, a.idx.data(), ps.begin(c, p), ps.count(c, p),
-            dy, lanes, 0, b.width, dvalues, add});
+        const int parts = int(b.lanes(t) / lanes);   // of which this is the first
+        isa.find(op_sddmm, parts, int(lanes / b.width), true).sddmm({x, lanes, lanes * a.cols, b.width, a.idx.data(), ps.begin(c, p), ps.count(c, p),
+            dy, lanes, lanes * a.rows, b.width, dvalues, add});
     }
 };
 
@@ -102,7 +107,7 @@ struct Tiles {
 
     void pack_dy(const Work& w, const Backward& k, i64 r0, i64 r1, float* g) const {
         w.pack(k.dy, a.rows, r0, r1, g);
-        if (k.dbias) isa.row_sums(g, r1 - r0, w.lanes, k.dbias + r0, k.add);
+        if (k.dbias) isa.row_sums(g, r1 - r0, w.lanes, 1, 0, k.dbias + r0, k.add);
     }
 
     void backward_rows(const Work& w, const Backward& k, float* xp, float* dxp, float* g) const {
@@ -147,8 +152,7 @@ struct ByTile {
     const Tiles& s; int threads;
 
     int slots() const { return int(std::min<i64>(threads, s.b.tiles)); }
-    // No thread waits long for the last tile.
-    bool even() const { return threads == 1 || ceil_div(s.b.tiles, threads) * threads * 8 <= s.b.tiles * 9; }
+    bool even() const { return shared_evenly(s.b.tiles, threads); }
 
     void forward(const float* x, const float* values, const float* bias, float* out) const {
         const i64 nx = s.x_floats(), ny = s.y_floats();
@@ -193,58 +197,78 @@ struct ByTile {
     }
 };
 
-// Few tiles: everything is packed first, then the threads share rows. The order of every sum is that of one thread.
-struct ByRows {
+// Few tiles: two threads share the lanes of each, or any number its rows. The order of every sum is that of one thread.
+struct Shared {
     const Isa& isa; const Batch& b; int threads;
+    i64 parts = 2;   // of a tile's lanes, packed one after the other
+    Shared(const Isa& isa, const Batch& b, int threads) : isa(isa), b(b), threads(threads) {
+        for (i64 t = 0; t < b.tiles; ++t)
+            if (b.lanes(t) / b.width % 2) parts = 1;
+        if (!shared_evenly(2 * b.tiles, threads)) parts = 1;
+    }
 
     void pack(const float* src, i64 dim, float* dst) const {
-        const i64 parts = ceil_div(dim, row_chunk);
-        parallel_for(b.tiles * parts, threads, [&](i64 task, int) {
-            const Work w(isa, b, task / parts);
-            const i64 c0 = task % parts * row_chunk;
-            w.pack(src, dim, c0, std::min(dim, c0 + row_chunk), dst + b.start(w.t) * dim + c0 * w.lanes);
+        const i64 pieces = ceil_div(dim, row_chunk);
+        parallel_for(b.tiles * pieces, threads, [&](i64 task, int) {
+            const Work w(isa, b, task / pieces);
+            const i64 c0 = task % pieces * row_chunk;
+            w.pack(src, dim, c0, std::min(dim, c0 + row_chunk), dst + w.item * dim + c0 * w.lanes);
         });
     }
 
-    void multiply(const Csr& a, const Panels& ps, const float* values, const float* bias, const float* packed, float* out) const {
+    void chunk(const Work& w, const Csr& a, const Panels& ps, i64 c, const float* values, const float* bias, const float* packed, float* y, float* out) const {
+        const i64 r0 = c * ps.chunk, r1 = std::min(ps.rows, r0 + ps.chunk);
+        for (i64 p = 0; p < ps.n_panels; ++p) w.multiply(a, ps, c, p, values, bias, packed + w.item * ps.cols, y - r0 * w.lanes);
+        w.unpack(y, ps.rows, r0, r1, out);
+    }
+
+    // Packs src, and `also` if there is one, and multiplies src if a result is wanted.
+    struct Also { const float* src; i64 dim; float* dst; };
+    void product(const Csr& a, const Panels& ps, const float* values, const float* bias, const float* src, float* packed, float* out, Also also) const {
         const i64 scratch = ps.chunk * b.most();
         Scratch space(scratch * threads);
-        parallel_for(b.tiles * ps.n_chunks, threads, [&](i64 task, int slot) {
-            const Work w(isa, b, task / ps.n_chunks);
-            const i64 c = task % ps.n_chunks, r0 = c * ps.chunk, r1 = std::min(ps.rows, r0 + ps.chunk);
-            float* y = space.data() + slot * scratch;
-            for (i64 p = 0; p < ps.n_panels; ++p) w.multiply(a, ps, c, p, values, bias, packed + b.start(w.t) * ps.cols, y - r0 * w.lanes);
-            w.unpack(y, ps.rows, r0, r1, out);
-        });
+        if (parts > 1)
+            return parallel_for(b.tiles * parts, threads, [&](i64 task, int slot) {
+                const Work w(isa, b, task / parts, task % parts, parts);
+                if (also.src) w.pack(also.src, also.dim, 0, also.dim, also.dst + w.item * also.dim);
+                w.pack(src, ps.cols, 0, ps.cols, packed + w.item * ps.cols);
+                if (out) for (i64 c = 0; c < ps.n_chunks; ++c) chunk(w, a, ps, c, values, bias, packed, space.data() + slot * scratch, out);
+            });
+        if (also.src) pack(also.src, also.dim, also.dst);
+        pack(src, ps.cols, packed);
+        if (out)
+            parallel_for(b.tiles * ps.n_chunks, threads, [&](i64 task, int slot) {
+                chunk(Work(isa, b, task / ps.n_chunks), a, ps, task % ps.n_chunks, values, bias, packed, space.data() + slot * scratch, out);
+            });
+    }
+
+    void forward(const Csr& a, const Panels& ps, const float* x, const float* values, const float* bias, float* out) const {
+        Scratch xp(b.floats(a.cols));
+        product(a, ps, values, bias, x, xp.data(), out, {});
     }
 
     void sample(const Csr& a, const Panels& ps, const float* x, const float* dy, float* dvalues) const {
         parallel_for(ps.n_chunks, threads, [&](i64 c, int) {
             for (i64 t = 0; t < b.tiles; ++t)
                 for (i64 p = 0; p < ps.n_panels; ++p)
-                    Work(isa, b, t).sample(a, ps, c, p, x + b.start(t) * a.cols, dy + b.start(t) * a.rows, dvalues, t > 0);
+                    Work(isa, b, t, 0, parts).sample(a, ps, c, p, x + b.start(t) * a.cols, dy + b.start(t) * a.rows, dvalues, t > 0);
         });
-    }
-
-    void forward(const Csr& a, const Panels& ps, const float* x, const float* values, const float* bias, float* out) const {
-        Scratch xp(b.floats(a.cols));
-        pack(x, a.cols, xp.data());
-        multiply(a, ps, values, bias, xp.data(), out);
     }
 
     void bias(i64 rows, const float* g, float* dbias) const {
         parallel_for(ceil_div(rows, row_chunk), threads, [&](i64 c, int) {
             const i64 r0 = c * row_chunk, n = std::min(row_chunk, rows - r0);
-            for (i64 t = 0; t < b.tiles; ++t) isa.row_sums(g + b.start(t) * rows + r0 * b.lanes(t), n, b.lanes(t), dbias + r0, t > 0);
+            for (i64 t = 0; t < b.tiles; ++t) {
+                const i64 lanes = b.lanes(t) / parts;
+                isa.row_sums(g + b.start(t) * rows + r0 * lanes, n, lanes, parts, lanes * rows, dbias + r0, t > 0);
+            }
         });
     }
 
     void backward(const Csr& a, const Panels& ps, const Panels& pt, const Backward& k) const {
         Scratch g(b.floats(a.rows)), xp(k.dvalues ? b.floats(a.cols) : 0);
-        pack(k.dy, a.rows, g.data());
-        if (k.dvalues) pack(k.x, a.cols, xp.data());
+        product(a, pt, k.values, nullptr, k.dy, g.data(), k.dx, {k.dvalues ? k.x : nullptr, a.cols, xp.data()});
         if (k.dbias) bias(a.rows, g.data(), k.dbias);
-        if (k.dx) multiply(a, pt, k.values, nullptr, g.data(), k.dx);
         if (k.dvalues) sample(a, ps, xp.data(), g.data(), k.dvalues);
     }
 };
@@ -292,16 +316,22 @@ const Csr& LinearPlan::columns() const {
     return *columns_;
 }
 
+// With few nonzeros in a row narrower tiles win, whose packed inputs are nearer. Not more registers than the smallest ISA has.
+i64 LinearPlan::tile_vectors(const Isa& isa) const {
+    constexpr double few = 1. / 64;
+    return isa.width == 16 && double(nnz()) < few * double(rows()) * double(cols()) ? 4 : 8;
+}
+
 void LinearPlan::forward(const float* x, i64 batch, const float* values, const float* bias, float* out, int threads) const {
     const Isa& isa = current_isa();
     if (!batch || !rows()) return;
     if (batch == 1) { multiply_one(isa, w_, rows_, x, values, bias, out, threads); return; }
-    const Batch b(batch, isa.width);
+    const Batch b(batch, isa.width, tile_vectors(isa));
     const auto ps = panels(false, b.most());
     const Tiles tiles{isa, b, w_, *ps, *ps};
     const ByTile by{tiles, threads};
     if (by.even()) by.forward(x, values, bias, out);
-    else ByRows{isa, b, threads}.forward(w_, *ps, x, values, bias, out);
+    else Shared(isa, b, threads).forward(w_, *ps, x, values, bias, out);
 }
 
 void LinearPlan::backward(const float* x, const float* dy, i64 batch, const float* values, float* dx, float* dvalues, float* dbias,
@@ -324,13 +354,13 @@ void LinearPlan::backward(const float* x, const float* dy, i64 batch, const floa
         if (dbias) std::copy(dy, dy + rows(), dbias);
         return;
     }
-    const Batch b(batch, isa.width);
+    const Batch b(batch, isa.width, tile_vectors(isa));
     const auto ps = panels(false, b.most()), pt = panels(true, b.most());
     const Tiles tiles{isa, b, w_, *ps, *pt};
     const ByTile by{tiles, threads};
     const Backward k{x, dy, values, dx, dvalues, dbias, false};
     if (by.even()) by.backward(k);
-    else ByRows{isa, b, threads}.backward(w_, *ps, *pt, k);
+    else Shared(isa, b, threads).backward(w_, *ps, *pt, k);
 }
 
 }  // namespace fastsparse

@@ -21,9 +21,9 @@ static inline const float* address(const float* p) {
 }
 
 // y is read when a row's sum is complete, not before: then nothing waits for it.
-template <int TR, int TC, bool UNIT, bool PERM> static void spmm_rows(const SpmmArgs& a) {
+template <int TR, int TC, bool UNIT, bool PERM, int U> static void spmm_rows(const SpmmArgs& a) {
     using T = Tile<TR, TC, UNIT>;
-    constexpr int N = T::N, U = T::U;
+    constexpr int N = T::N;
     const i64 scale = a.scale, xrow = a.xrow, xcol = a.xcol, ypitch = a.ypitch, yrow = a.yrow, ycol = a.ycol;
     const float *x = a.x, *bias = a.first ? a.bias : nullptr, *values = a.val;
     const i32* indices = a.idx;
@@ -76,8 +76,9 @@ template <int TR, int TC, bool UNIT, bool PERM> static void spmm_rows(const Spmm
 }
 
 template <int TR, int TC, bool UNIT> static void spmm(const SpmmArgs& a) {
-    if (a.perm) spmm_rows<TR, TC, UNIT, true>(a);
-    else spmm_rows<TR, TC, UNIT, false>(a);
+    constexpr int U = Tile<TR, TC, UNIT>::U;
+    if (a.one_sum && U > 1) a.perm ? spmm_rows<TR, TC, UNIT, true, 1>(a) : spmm_rows<TR, TC, UNIT, false, 1>(a);
+    else a.perm ? spmm_rows<TR, TC, UNIT, true, U>(a) : spmm_rows<TR, TC, UNIT, false, U>(a);
 }
 
 // Vectors become their sums, W of them at a time. The memory belongs to the caller, so that the rest can stay in registers.
@@ -355,14 +356,16 @@ static void gather(const float* src, const uint32_t* perm, i64 n, float* dst) {
     for (i64 k = 0; k < n; ++k) dst[k] = src[perm[k]];
 }
 
-static void row_sums(const float* src, i64 rows, i64 cols, float* dst, bool add) {
+static void row_sums(const float* src, i64 rows, i64 cols, i64 parts, i64 apart, float* dst, bool add) {
     constexpr int W = V::W;
     alignas(64) float buf[W * W];
     for (i64 r = 0; r < rows; r += W) {
         const i64 n = rows - r < W ? rows - r : W;
         for (i64 i = 0; i < W; ++i) {
             V s = V::zero();
-            if (i < n) for (i64 k = 0; k < cols; k += W) s = V::add(s, V::load(src + (r + i) * cols + k));
+            if (i < n)
+                for (i64 p = 0; p < parts; ++p)
+                    for (i64 k = 0; k < cols; k += W) s = V::add(s, V::load(src + p * apart + (r + i) * cols + k));
             V::store(buf + W * i, s);
         }
         const V s = V::reduce(buf);

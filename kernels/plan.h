@@ -48,6 +48,7 @@ public:
 private:
     struct Cached { bool transposed; std::shared_ptr<const Panels> panels; };
     std::shared_ptr<const Panels> panels(bool transposed, i64 lanes) const;
+    i64 tile_vectors(const Isa& isa) const;
     const Csr& columns() const;   // for a single item, made when it is first needed
     Csr w_;
     std::vector<Seg> rows_;

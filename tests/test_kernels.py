@@ -425,6 +425,16 @@ def test_same_bits_when_threads_take_whole_tiles(isa, b, i, o, density):
     for got in more:
         for a, b in zip(one, got): assert a.tobytes() == b.tobytes()
 
+@pytest.mark.parametrize('b', [17, 32, 64, 70, 96, 128, 128*3])
+@pytest.mark.parametrize('density', [.005, .1, .6])
+def test_same_bits_when_threads_share_a_tile(isa, b, density):
+    rng = np.random.default_rng(15)
+    w, m = sparse(rng, density, 210, 400)
+    args = w, m, randn(rng, b, 400), randn(rng, b, 210), randn(rng, 210)
+    one, *more = (run_linear(*args, threads=t) for t in (1, 2, 3, 4))
+    for got in more:
+        for a, b in zip(one, got): assert a.tobytes() == b.tobytes()
+
 def test_same_bits_when_tiles_come_in_groups():
     "More weight gradients than are kept at a time."
     rng = np.random.default_rng(14)
