@@ -783,12 +783,15 @@ class SparseCompute:
 
     def sparse(self):
         "Swap the chosen layers in."
-        half = [p for p in self.chosen if self.dense_grad(p)]
-        for p in half: set_dense_grad(p.module, True)
-        full = [p for p in self.chosen if p not in half]
-        if all(param_compressed(p) for p in full): return
+        out = [p for p in self.chosen if not self._is_in(p)]
+        for p in out:
+            if self.dense_grad(p): set_dense_grad(p.module, True)
+        full = [p for p in out if not self.dense_grad(p)]
+        if not full: return
         hide_compression(self.model, self.opt)
         compress_params(self.model, full, self.opt)
+
+    def _is_in(self, p): return isinstance(p.module, DenseGrad) if self.dense_grad(p) else param_compressed(p)
 
     def expand(self, p):
         "Swap one parameter out until `sparse`."
