@@ -110,7 +110,9 @@ inline py::array by_numpy(py::object tensor) try {
     tensor = tensor.attr("detach")();
     const py::object torch = py::module_::import("torch");
     if (tensor.attr("dtype").equal(torch.attr("bfloat16"))) tensor = tensor.attr("view")(torch.attr("int16"));
-    return tensor.attr("numpy")();
+    py::array a = tensor.attr("numpy")();
+    if (a.size() && !tensor.attr("data_ptr")().cast<uintptr_t>()) throw py::value_error("a tensor without memory");
+    return a;
 } catch (py::error_already_set& e) {
     py::raise_from(e, PyExc_TypeError, "the kernels cannot read this tensor");
     throw py::error_already_set();
