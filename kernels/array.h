@@ -76,6 +76,7 @@ inline Type type_of(const Tensor& t) {
 }
 
 inline bool is_contiguous(const Tensor& t) {
+    if (!t.strides) return true;
     i64 step = 1;
     for (int i = t.ndim; i--; step *= t.shape[i]) {
         if (t.shape[i] == 0) return true;
