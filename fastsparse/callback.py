@@ -85,6 +85,18 @@ def only_validates(learn) -> bool:
     return learn.lock.locked()
 
 # %% ../nbs/07_callback.ipynb #54fb4b76
+class _QuickCallback(Callback):
+    "A callback that is not in the way of steps of a millisecond: fastai looks in learner and model for each event that a callback lacks, and at each assignment."
+    def __call__(self, event_name):
+        if hasattr(type(self), event_name) or event_name in vars(self): return super().__call__(event_name)
+
+    @property
+    def training(self): return self.learn.training
+
+    def __setattr__(self, name, value):
+        if name in vars(self): object.__setattr__(self, name, value)      # whether it shadows a learner's attribute was asked the first time
+        else: super().__setattr__(name, value)
+
 class KernelSwitch:
     "The part of a callback that puts layers on the compiled kernels and takes them off again."
     def __init__(self, mode, threshold, keep):
@@ -143,7 +155,7 @@ def create_opt(self:Learner):
 Learner.create_opt._without_masks = _learner_create_opt
 
 # %% ../nbs/07_callback.ipynb #e77ebfc1
-class SparseKernelsCallback(Callback):
+class SparseKernelsCallback(_QuickCallback):
     "Train on the compiled kernels where they are faster, with masks that stay (static sparsity). `DynamicSparseTrainingCallback` does this by itself."
     order,run_valid = 95,False
     def __init__(self,
@@ -209,7 +221,7 @@ def n_bits(bits:torch.Tensor) -> int:
 
 
 # %% ../nbs/07_callback.ipynb #1d458643
-class DynamicSparseTrainingCallback(Callback):
+class DynamicSparseTrainingCallback(_QuickCallback):
     "Prune and grow the connections of a sparsified model while it trains. Leave it out, and sparsity is static."
     order,run_valid = 95,False
     def __init__(self,
@@ -244,6 +256,7 @@ class DynamicSparseTrainingCallback(Callback):
     def _reset(self):
         self._sample(False)
         self.updates,self.seen,self.off_mask,self.pending,self.wants_dense_grad = [],{},{},False,False
+        self._every_grad = any(needs_dense_grad(f) == 'always' for f in self._scores)
         self._forget_plans()
 
     def _forget_plans(self):
@@ -260,9 +273,6 @@ class DynamicSparseTrainingCallback(Callback):
 
     @property
     def _elementwise(self): return self.redistribute_f is None and all(is_elementwise(f) for f in self._scores)
-
-    @property
-    def _every_grad(self): return any(needs_dense_grad(f) == 'always' for f in self._scores)
 
     def _moves(self, p):
         return self.sparse_modules is None or any(p.module is m for o in L(self.sparse_modules) for m in o.modules())
@@ -360,12 +370,13 @@ class DynamicSparseTrainingCallback(Callback):
         self.kernels.begin()
         due = self._due
         if due: self._plan()
-        fraction,self.i_step = self._fraction(),self.i_step+1
+        fraction = self._fraction() if due else None
+        self.i_step += 1
         if not due and not self._every_grad: return
         ps = [p for p in self._params() if p.param.requires_grad and p.param.grad is not None and (p.name not in self.plans or self.plans[p.name].ready)]
         large = [p for p in self._large() if p.param.requires_grad and p.param.grad is not None]
         if due: self.pending = not ((self.sampler is None or self.sampler.finite) and all(_finite(p.param.grad) for p in ps+large) and all(self.plans[p.name].is_finite() for p in ps if p.name in self.plans))
-        try: self._step(ps, large, fraction if due and not self.pending else None, replaced=due and self.update_replaces_step)
+        try: self._step(ps, large, fraction if not self.pending else None, replaced=due and self.update_replaces_step)
         finally:
             self.wants_dense_grad = self._every_grad
             self._forget_plans()

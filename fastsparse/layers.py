@@ -6,14 +6,14 @@
 __all__ = ['plan_cache', 'compressed_types', 'active_index', 'gather', 'scatter', 'gather_state', 'scatter_state',
            'csr_from_index', 'csr_from_mask', 'flat_index', 'check_csr', 'random_index', 'LinearGeometry',
            'Conv2dGeometry', 'PlanEntry', 'structure_stamp', 'build_plan', 'plan_for', 'run_forward', 'run_backward',
-           'SparseFunction', 'linear_op', 'linear_backward_input_op', 'linear_backward_weight_op', 'conv2d_op',
-           'conv2d_backward_input_op', 'conv2d_backward_weight_op', 'DenseFallbackWarning', 'say_once', 'why_dense',
-           'dense_weight', 'gathered_linear', 'dense_apply', 'sparse_apply', 'replace_storage', 'SparseModule',
-           'kaiming_sparse_', 'check_mask', 'make_structure', 'SparseLinear', 'SparseConv2d', 'conv_geometry',
-           'pad_mode', 'mask_of', 'is_compressed', 'Compressed', 'CompressedLinear', 'CompressedConv2d',
-           'why_not_compress', 'hold_interrupts', 'compress', 'expand', 'interleaved_ms', 'training_step',
-           'measure_layer', 'sparsify_conv2d_auto', 'SwapReport', 'layer_inputs', 'is_skipped', 'layer_sparsity',
-           'carry_hooks', 'leave_fused_path', 'swap_modules_with_sparse']
+           'differentiable_once', 'SparseFunction', 'linear_op', 'linear_backward_input_op',
+           'linear_backward_weight_op', 'conv2d_op', 'conv2d_backward_input_op', 'conv2d_backward_weight_op',
+           'DenseFallbackWarning', 'say_once', 'why_dense', 'dense_weight', 'gathered_linear', 'dense_apply',
+           'sparse_apply', 'replace_storage', 'SparseModule', 'kaiming_sparse_', 'check_mask', 'make_structure',
+           'SparseLinear', 'SparseConv2d', 'conv_geometry', 'pad_mode', 'mask_of', 'is_compressed', 'Compressed',
+           'CompressedLinear', 'CompressedConv2d', 'why_not_compress', 'hold_interrupts', 'compress', 'expand',
+           'interleaved_ms', 'training_step', 'measure_layer', 'sparsify_conv2d_auto', 'SwapReport', 'layer_inputs',
+           'is_skipped', 'layer_sparsity', 'carry_hooks', 'leave_fused_path', 'swap_modules_with_sparse']
 
 # %% ../nbs/05_layers.ipynb #4fad2516
 import numpy as np, signal, threading, torch, torch.nn.functional as F, warnings, weakref
@@ -22,6 +22,7 @@ from collections.abc import Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from fnmatch import fnmatch
+from functools import wraps
 from math import log, prod, sqrt
 from time import perf_counter
 from typing import NamedTuple, Optional, Sequence
@@ -171,7 +172,8 @@ class LinearGeometry(NamedTuple):
         "Raises `ValueError` if an input of `x_shape` does not fit."
         if not len(x_shape) or x_shape[-1] != self.n_cols:
             raise ValueError(f'input of shape {tuple(x_shape)}: expected {self.n_cols} features in the last dimension')
-        return (*x_shape[:-1], self.n_rows)
+        *batch,_ = x_shape
+        return *batch, self.n_rows
 
     def batched(self, t): return (t if t.dim()==2 else t.reshape(-1, t.shape[-1])).contiguous()
     def bias_grad(self, dy, dtype=None): return self.batched(dy).sum(0).to(dtype or dy.dtype)
@@ -241,9 +243,9 @@ def structure_stamp(
     indices:Tensor,
 ) -> tuple:
     "Changes whenever one of the two is written to or gets another memory."
-    if indices.is_inference() or indptr.is_inference():  # these count no versions
+    try: return indptr.data_ptr(), indptr._version, indices.data_ptr(), indices._version, indices.numel()
+    except RuntimeError:  # inference tensors count no versions
         return tuple(crc32(t.numpy()) for t in (indptr, indices))
-    return indptr.data_ptr(), indptr._version, indices.data_ptr(), indices._version, indices.numel()
 
 # %% ../nbs/05_layers.ipynb #c1db57ad
 def build_plan(
@@ -274,14 +276,12 @@ def plan_for(
     return build_plan(geom, indptr, indices)
 
 # %% ../nbs/05_layers.ipynb #de835d47
-def _numpy(t): return t.detach().view(torch.int16).numpy() if t.dtype is torch.bfloat16 else (t.detach() if t.requires_grad else t).numpy()
-def _view(geom, t): return _numpy(geom.batched(t.detach() if t.requires_grad else t))
-def _in(t): return dict(dtype='bfloat16') if t.dtype is torch.bfloat16 else {}
+def _dtype(t): return 'bfloat16' if t.dtype is torch.bfloat16 else 'float32'
 
-def _survives(plan, kernel, *args, **kwargs):
+def _survives(plan, kernel, *args):
     "Run a kernel; `False` if it fails or has failed for this structure before. A call with wrong arguments still raises."
     if plan.broken: return False
-    try: kernel(*args, **kwargs)
+    try: kernel(*args)
     except RuntimeError as e:
         plan.broken = True
         say_once(f'a kernel failed: {e}')
@@ -295,9 +295,9 @@ def _dense_backward(geom, plan, x, dy, values, x_shape, need_x, need_v, v_dtype)
     gs = iter(torch.autograd.grad(y, [t for t,need in ((x,need_x),(v,need_v)) if need], dy))
     return next(gs) if need_x else None, next(gs) if need_v else None
 
-def _flat(plan, values):
-    if values.shape != (plan.nnz,): raise RuntimeError(f'weight of shape {tuple(values.shape)} for a structure of {plan.nnz} nonzeros')
-    return _numpy(values)
+def _values(plan, values):
+    if values.numel() != plan.nnz: raise RuntimeError(f'weight of shape {tuple(values.shape)} for a structure of {plan.nnz} nonzeros')
+    return values.detach()  # which holds the memory even if another thread gives the parameter a new one
 
 # %% ../nbs/05_layers.ipynb #8383e76d
 def run_forward(
@@ -308,8 +308,8 @@ def run_forward(
     bias:Tensor,   # (rows), likewise, or None
 ) -> Tensor: # In the dtype of `x`
     "Output of the layer. Should a kernel fail, the layer computes densely from then on."
-    out,args = x.new_empty(geom.out_shape(x.shape)),(_view(geom, x), _flat(plan, values), None if bias is None else _numpy(bias))
-    if _survives(plan, plan.forward, *args, _view(geom, out), **_in(x)): return out
+    out = x.new_empty(geom.out_shape(x.shape))
+    if _survives(plan, plan.forward, geom.batched(x), _values(plan, values), bias, geom.batched(out), None, _dtype(x)): return out
     w = dense_weight(values.detach(), *plan.structure, geom.weight_shape).to(x.dtype)
     return geom.dense(x, w, None if bias is None else bias.to(x.dtype))
 
@@ -332,12 +332,21 @@ def run_backward(
     v_dtype = v_dtype or (dy if values is None else values).dtype
     dv = dy.new_empty(plan.nnz, dtype=v_dtype) if need_v else None
     db = dy.new_empty(plan.n_rows) if need_b and geom.kernel_sums_bias and dy.dtype is torch.float32 else None
-    ok = _survives(plan, plan.backward, _view(geom, x) if need_v else None, _view(geom, dy), _flat(plan, values) if need_x else None,
-                   _view(geom, dx) if need_x else None, _numpy(dv) if need_v else None, **_in(dy), **({} if db is None else dict(dbias=db.numpy())))
+    ok = _survives(plan, plan.backward, geom.batched(x) if need_v else None, geom.batched(dy), _values(plan, values) if need_x else None,
+                   geom.batched(dx) if need_x else None, dv, None, _dtype(dy), *(() if db is None else (db,)))
     if not ok: (dx,dv),db = _dense_backward(geom, plan, x, dy, values, x_shape, need_x, need_v, v_dtype),None
     return dx, dv, geom.bias_grad(dy, b_dtype or dy.dtype) if need_b and db is None else db
 
 # %% ../nbs/05_layers.ipynb #a3eb466e
+def differentiable_once(
+    backward, # Of a `Function`
+):
+    "Decorator: torch's `once_differentiable`, whose bookkeeping takes as long as a small layer, only with `create_graph=True`."
+    careful = once_differentiable(backward)
+    @wraps(backward)
+    def _f(ctx, *grads): return (careful if torch.is_grad_enabled() else backward)(ctx, *grads)
+    return _f
+
 class SparseFunction(Function):
     "A sparse layer as one node of the autograd graph."
     @staticmethod
@@ -348,7 +357,7 @@ class SparseFunction(Function):
         return run_forward(geom, plan, x, values, bias)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, dy):
         (x,values),(need_x,need_v,need_b) = ctx.saved_tensors,ctx.needs_input_grad[:3]
         if not (need_x or need_v): return None, None, ctx.geom.bias_grad(dy, ctx.dtypes[1]) if need_b else None, None, None
@@ -549,6 +558,11 @@ def _looked_through(x):
     return (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None
             or type(x).__torch_dispatch__ is not _plain_dispatch)
 
+def _ordinary(geom, x, values):
+    "Is this float32 on the CPU with nobody looking, for which `sparse_apply` has nothing to decide? Asks as little as it can: small layers feel it."
+    return (x.dtype is torch.float32 and values.dtype is torch.float32 and x.is_cpu and values.is_cpu and not x.is_nested
+            and not (_no_kernels or _looked_through(x) or _why_transformed() or torch.is_autocast_enabled('cpu') or geom.depthwise))
+
 # %% ../nbs/05_layers.ipynb #269cb7b8
 def sparse_apply(
     geom,              # `LinearGeometry` or `Conv2dGeometry`
@@ -562,6 +576,7 @@ def sparse_apply(
 
     Raises: ValueError on a shape that does not fit, TypeError on an input dtype other than the weight's."""
     if has_torch_function_unary(x): return handle_torch_function(sparse_apply, (x,), geom, x, values, indptr, indices, bias)
+    if _ordinary(geom, x, values): return _eager(geom, x, values, indptr, indices, bias)
     cast = _autocast(x)
     why = why_dense(geom, x, values)
     if why is not None:

@@ -10,30 +10,27 @@ __all__ = ['kernel_types', 'NormFunction', 'why_torch', 'KernelBatchNorm2d', 'Po
 import torch
 from torch import nn, Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 from . import kernels
-from .layers import interleaved_ms, training_step, _looked_through, _why_transformed
+from .layers import differentiable_once, interleaved_ms, training_step, _looked_through, _why_transformed
 
 # %% ../nbs/05b_neighbours.ipynb #1d5da411
-def _vec(t): return None if t is None else t.detach().numpy()
-
 class NormFunction(Function):
     "Batch normalisation by the statistics of this batch: output, mean and biased variance of each channel."
     @staticmethod
     def forward(ctx, x, weight, bias, eps):
         out,(mean,var) = torch.empty_like(x),x.new_empty(2, x.shape[1])
-        kernels.batch_norm_forward(_vec(x), _vec(weight), _vec(bias), eps, _vec(mean), _vec(var), _vec(out))
+        kernels.batch_norm_forward(x, weight, bias, eps, mean, var, out)
         ctx.save_for_backward(x, weight, mean, var)
         ctx.eps = eps
         ctx.mark_non_differentiable(mean, var)
         return out, mean, var
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, dy, *_):
         (x,weight,mean,var),(need_x,need_w,need_b,_) = ctx.saved_tensors,ctx.needs_input_grad
         dx,(dw,db) = torch.empty_like(x) if need_x else None,x.new_empty(2, x.shape[1])
-        kernels.batch_norm_backward(_vec(x), _vec(dy.contiguous()), _vec(mean), _vec(var), _vec(weight), ctx.eps, _vec(dx), _vec(dw), _vec(db))
+        kernels.batch_norm_backward(x, dy.contiguous(), mean, var, weight, ctx.eps, dx, dw, db)
         return dx, dw if need_w else None, db if need_b else None, None
 
 # %% ../nbs/05b_neighbours.ipynb #a5b7c884
@@ -71,16 +68,16 @@ class PoolFunction(Function):
     def forward(ctx, x, kernel, stride, padding):
         size = [(n+2*p-k)//s+1 for n,k,s,p in zip(x.shape[2:], kernel, stride, padding)]
         out,index = x.new_empty(*x.shape[:2], *size),torch.empty(*x.shape[:2], *size, dtype=torch.uint8)
-        kernels.max_pool_forward(_vec(x), kernel, stride, padding, _vec(out), _vec(index))
+        kernels.max_pool_forward(x, kernel, stride, padding, out, index)
         ctx.save_for_backward(index)
         ctx.window,ctx.shape = (kernel,stride,padding),x.shape
         return out
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, dy):
         dx = dy.new_empty(ctx.shape)
-        kernels.max_pool_backward(_vec(dy.contiguous()), _vec(ctx.saved_tensors[0]), *ctx.window, _vec(dx))
+        kernels.max_pool_backward(dy.contiguous(), ctx.saved_tensors[0], *ctx.window, dx)
         return dx, None, None, None
 
 # %% ../nbs/05b_neighbours.ipynb #418f91d9

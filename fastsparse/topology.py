@@ -144,7 +144,7 @@ class GradMask:
         return owner is not None and getattr(owner, 'learn', None) is not None and owner.wants_dense_grad
 
     def __call__(self, g):
-        mask = getattr(self.module, f'{self.pname}_mask', None)
+        mask = self.module._buffers.get(f'{self.pname}_mask')
         if mask is None or mask.shape != g.shape: return g      # another shape: only nonzeros are stored
         if self.dense:
             self.passed = True
@@ -174,15 +174,18 @@ def grad_mask(
 def _owned(module):
     "Masked parameters that a forward of `module` uses: its own, and an attention's output projection, which it never calls."
     ms = (module, module.out_proj) if isinstance(module, nn.MultiheadAttention) else (module,)
-    return [SparseParam(n, m, n) for m in ms for n,p in m._parameters.items() if p is not None and f'{n}_mask' in m._buffers]
+    for m in ms:
+        for n,p in m._parameters.items():
+            mask = m._buffers.get(f'{n}_mask')
+            if p is not None and mask is not None: yield m, n, p, mask
 
 # %% ../nbs/04_topology.ipynb #548421a8
 def _enforce(module):
-    for p in _owned(module):
-        if p.mask.shape != p.param.shape: continue      # only nonzeros are stored
-        zero_off_mask_(p.param, p.mask)
-        h = grad_mask(p)
-        if h is not None: h.clean(p.param)
+    for m,n,p,mask in _owned(module):
+        if mask.shape != p.shape: continue      # only nonzeros are stored
+        zero_off_mask_(p, mask)
+        h = grad_mask(SparseParam(n, m, n))
+        if h is not None: h.clean(p)
 
 # %% ../nbs/04_topology.ipynb #4e43387f
 class MaskHook:
@@ -219,7 +222,7 @@ def add_mask_hooks(
 ) -> SparseHooks: # To remove the enforcement
     "Keep every masked weight of `model` at 0 from now on. Modules that have their hooks already get no second ones."
     for m in model.modules():
-        if _owned(m) and not _hooked(m):
+        if any(_owned(m)) and not _hooked(m):
             m.register_forward_pre_hook(MaskHook())
             m.register_load_state_dict_post_hook(MaskHook())
         _enforce(m)

@@ -18,8 +18,7 @@ from torch import nn
 from fastcore.foundation import L
 from . import kernels
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
-from .layers import (LinearGeometry, SparseConv2d, SparseLinear, active_index, compress, conv_geometry, csr_from_index, csr_from_mask, dense_weight, expand, flat_index,
+from .layers import (LinearGeometry, SparseConv2d, SparseLinear, active_index, compress, conv_geometry, csr_from_index, csr_from_mask, dense_weight, differentiable_once, expand, flat_index,
                                gather, hold_interrupts, interleaved_ms, is_compressed, measure_layer, pad_mode, plan_for, replace_storage, run_backward,
                                run_forward, say_once, scatter, sparse_apply, training_step, why_dense, why_not_compress)
 from .neighbours import Neighbours, use_torch
@@ -134,7 +133,7 @@ class DenseGradFunction(Function):
         return run_forward(geom, plan, x, values, bias)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, dy):
         (x,values),(need_x,need_w,need_b),dy = ctx.saved_tensors,ctx.needs_input_grad[:3],dy.contiguous()
         dx = run_backward(ctx.geom, ctx.plan, None, dy, values, x.shape, True, False)[0] if need_x else None
@@ -784,12 +783,15 @@ class SparseCompute:
 
     def sparse(self):
         "Swap the chosen layers in."
-        half = [p for p in self.chosen if self.dense_grad(p)]
-        for p in half: set_dense_grad(p.module, True)
-        full = [p for p in self.chosen if p not in half]
-        if all(param_compressed(p) for p in full): return
+        out = [p for p in self.chosen if not self._is_in(p)]
+        for p in out:
+            if self.dense_grad(p): set_dense_grad(p.module, True)
+        full = [p for p in out if not self.dense_grad(p)]
+        if not full: return
         hide_compression(self.model, self.opt)
         compress_params(self.model, full, self.opt)
+
+    def _is_in(self, p): return isinstance(p.module, DenseGrad) if self.dense_grad(p) else param_compressed(p)
 
     def expand(self, p):
         "Swap one parameter out until `sparse`."

@@ -1,4 +1,5 @@
 // Python's side: every array is checked here, so that nothing below can be reached with a wrong one.
+#include "array.h"
 #include "neighbours.h"
 #include "plan.h"
 #include "update.h"
@@ -9,12 +10,9 @@
 #include <initializer_list>
 #include <limits>
 
-namespace py = pybind11;
 using namespace fastsparse;
 
 namespace {
-
-using Shape = std::vector<i64>;
 
 template <class S> std::string text(const S& s) {
     std::string t = "(";
@@ -22,82 +20,80 @@ template <class S> std::string text(const S& s) {
     return t + (s.size() == 1 ? ",)" : ")");
 }
 
-Shape shape_of(const py::array& a) { return Shape(a.shape(), a.shape() + a.ndim()); }
+struct Dtype { Type type; const char* name; size_t bytes; };
+constexpr Dtype boolean{Type::boolean, "bool", 1}, u8{Type::u8, "uint8", 1}, i32s{Type::i32, "int32", 4}, i64s{Type::i64, "int64", 8}, f32{Type::f32, "float32", 4};
 
-template <class T> void check(const py::array& a, const char* name, const char* dtype) {
-    static const int number = py::dtype::of<T>().num();
-    const py::dtype d = a.dtype();
-    if (!(d.num() == number && d.byteorder() == '=') && !py::dtype::of<T>().equal(d))
-        throw py::type_error(std::string(name) + " is " + py::str(a.dtype()).cast<std::string>() + ", expected " + dtype);
-    if (!(a.flags() & py::array::c_style)) throw py::value_error(std::string(name) + " must be C-contiguous");
-    if (a.size() && reinterpret_cast<uintptr_t>(a.data()) % sizeof(T)) throw py::value_error(std::string(name) + " must be aligned");
+void wrong_type(const Array& a, const char* name, const char* expected) {
+    throw py::type_error(std::string(name) + " is " + a.dtype() + ", expected " + expected);
+}
+
+void check_memory(const Array& a, const char* name, size_t bytes) {
+    if (!a.contiguous) throw py::value_error(std::string(name) + " must be C-contiguous");
+    if (a.size() && reinterpret_cast<uintptr_t>(a.data) % bytes) throw py::value_error(std::string(name) + " must be aligned");
+}
+
+void check(const Array& a, const char* name, Dtype d) {
+    if (a.type != d.type) wrong_type(a, name, d.name);
+    check_memory(a, name, d.bytes);
 }
 
 using Want = std::initializer_list<i64>;
 
-void check_shape(const py::array& a, const char* name, Want want) {
-    if (a.ndim() != py::ssize_t(want.size()) || !std::equal(want.begin(), want.end(), a.shape())) throw py::value_error(std::string(name) + " has shape " + text(shape_of(a)) + ", expected " + text(want));
+void check_shape(const Array& a, const char* name, Want want) {
+    if (!std::equal(want.begin(), want.end(), a.shape.begin(), a.shape.end()))
+        throw py::value_error(std::string(name) + " has shape " + text(a.shape) + ", expected " + text(want));
 }
 
-const float* input(const py::array& a, const char* name, Want want) {
-    check<float>(a, name, "float32");
+void check_writeable(const Array& a, const char* name) {
+    if (!a.writeable) throw py::value_error(std::string(name) + " is read-only");
+}
+
+const float* input(const Array& a, const char* name, Want want) {
+    check(a, name, f32);
     check_shape(a, name, want);
-    return static_cast<const float*>(a.data());
+    return static_cast<const float*>(a.data);
 }
 
-float* output(py::array& a, const char* name, Want want) {
+float* output(const Array& a, const char* name, Want want) {
     input(a, name, want);
-    if (!a.writeable()) throw py::value_error(std::string(name) + " is read-only");
-    return static_cast<float*>(a.mutable_data());
+    check_writeable(a, name);
+    return static_cast<float*>(a.data);
 }
 
-const float* optional_input(const py::object& a, const char* name, Want want) {
-    return a.is_none() ? nullptr : input(py::cast<py::array>(a), name, want);
-}
-
-float* optional_output(const py::object& o, const char* name, Want want) {
-    if (o.is_none()) return nullptr;
-    py::array a = py::cast<py::array>(o);
-    return output(a, name, want);
-}
+const float* input(const py::object& o, const char* name, Want want) { return input(array_of(o, name), name, want); }
+float* output(const py::object& o, const char* name, Want want) { return output(array_of(o, name), name, want); }
+const float* optional_input(const py::object& o, const char* name, Want want) { return o.is_none() ? nullptr : input(o, name, want); }
+float* optional_output(const py::object& o, const char* name, Want want) { return o.is_none() ? nullptr : output(o, name, want); }
 
 // numpy has no bfloat16: its bits come as 16-bit integers, and only to functions that are named for it.
-bool is_bits(const py::array& a) {
-    const py::dtype d = a.dtype();
-    return (d.kind() == 'u' || d.kind() == 'i') && d.itemsize() == 2 && (d.byteorder() == '=' || d.byteorder() == '|');
-}
+bool is_bits(const Array& a) { return a.type == Type::bf16 || a.type == Type::u16 || a.type == Type::i16; }
 
-const bf16* bits_input(const py::array& a, const char* name, Want want) {
-    if (!is_bits(a)) throw py::type_error(std::string(name) + " is " + py::str(a.dtype()).cast<std::string>() + ", expected bfloat16 as uint16 or int16");
-    if (a.dtype().kind() == 'u') check<uint16_t>(a, name, "uint16");
-    else check<int16_t>(a, name, "int16");
+const bf16* bits_input(const Array& a, const char* name, Want want) {
+    if (!is_bits(a)) wrong_type(a, name, "bfloat16 as uint16 or int16");
+    check_memory(a, name, sizeof(bf16));
     check_shape(a, name, want);
-    return static_cast<const bf16*>(a.data());
+    return static_cast<const bf16*>(a.data);
 }
 
-bf16* bits_output(py::array& a, const char* name, Want want) {
+bf16* bits_output(const Array& a, const char* name, Want want) {
     bits_input(a, name, want);
-    if (!a.writeable()) throw py::value_error(std::string(name) + " is read-only");
-    return static_cast<bf16*>(a.mutable_data());
+    check_writeable(a, name);
+    return static_cast<bf16*>(a.data);
 }
 
-bf16* optional_bits(const py::object& o, const char* name, Want want) {
-    if (o.is_none()) return nullptr;
-    py::array a = py::cast<py::array>(o);
-    return bits_output(a, name, want);
-}
+bf16* optional_bits(const py::object& o, const char* name, Want want) { return o.is_none() ? nullptr : bits_output(array_of(o, name), name, want); }
 
-// float32 or bfloat16, or None.
-Reals reals(const py::object& o, const char* name, Want want) {
-    if (o.is_none()) return {};
-    const py::array a = py::cast<py::array>(o);
+// float32 or bfloat16.
+Reals reals(const Array& a, const char* name, Want want) {
     if (is_bits(a)) return {nullptr, bits_input(a, name, want)};
     return {input(a, name, want), nullptr};
 }
 
-Sums sums(const py::object& o, const char* name, Want want) {
+Reals optional_reals(const py::object& o, const char* name, Want want) { return o.is_none() ? Reals{} : reals(array_of(o, name), name, want); }
+
+Sums optional_sums(const py::object& o, const char* name, Want want) {
     if (o.is_none()) return {};
-    py::array a = py::cast<py::array>(o);
+    const Array a = array_of(o, name);
     if (is_bits(a)) return {nullptr, bits_output(a, name, want)};
     return {output(a, name, want), nullptr};
 }
@@ -109,25 +105,25 @@ int threads_of(const py::object& t) {
     return int(n);
 }
 
-template <class T> const T* vector_of(const py::array& a, const char* name, const char* dtype) {
-    check<T>(a, name, dtype);
+template <class T> const T* vector_of(const Array& a, const char* name, Dtype dtype) {
+    check(a, name, dtype);
     if (a.ndim() != 1) throw py::value_error(std::string(name) + " has " + std::to_string(a.ndim()) + " dimensions, expected 1");
-    return static_cast<const T*>(a.data());
+    return static_cast<const T*>(a.data);
 }
 
-i64 batch_of(const py::array& a, const char* name, py::ssize_t ndim) {
+i64 batch_of(const Array& a, const char* name, i64 ndim) {
     if (a.ndim() != ndim) throw py::value_error(std::string(name) + " has " + std::to_string(a.ndim()) + " dimensions, expected " + std::to_string(ndim));
-    return a.shape(0);
+    return a.shape[0];
 }
 
-std::unique_ptr<LinearPlan> make_linear(const py::array& indptr, const py::array& indices, i64 rows, i64 cols) {
-    const i64* p = vector_of<i64>(indptr, "indptr", "int64");
-    const i32* i = vector_of<i32>(indices, "indices", "int32");
+std::unique_ptr<LinearPlan> make_linear(const Array& indptr, const Array& indices, i64 rows, i64 cols) {
+    const i64* p = vector_of<i64>(indptr, "indptr", i64s);
+    const i32* i = vector_of<i32>(indices, "indices", i32s);
     py::gil_scoped_release nogil;
     return std::make_unique<LinearPlan>(p, indptr.size(), i, indices.size(), rows, cols);
 }
 
-void linear_forward(const LinearPlan& p, const py::array& x, const py::array& values, const py::object& bias, py::array& out, const py::object& threads) {
+void linear_forward(const LinearPlan& p, const Array& x, const Array& values, const py::object& bias, const Array& out, const py::object& threads) {
     const i64 b = batch_of(x, "x", 2);
     const float* xp = input(x, "x", {b, p.cols()});
     const float* vp = input(values, "values", {p.nnz()});
@@ -138,38 +134,38 @@ void linear_forward(const LinearPlan& p, const py::array& x, const py::array& va
     p.forward(xp, b, vp, bp, op, t);
 }
 
-void linear_backward(const LinearPlan& p, const py::object& x, const py::array& dy, const py::object& values, const py::object& dx,
+void linear_backward(const LinearPlan& p, const py::object& x, const Array& dy, const py::object& values, const py::object& dx,
                      const py::object& dvalues, const py::object& threads, const py::object& dbias) {
     const i64 b = batch_of(dy, "dy", 2);
     const float* gp = input(dy, "dy", {b, p.rows()});
     float* dxp = optional_output(dx, "dx", {b, p.cols()});
     float* dvp = optional_output(dvalues, "dvalues", {p.nnz()});
     float* dbp = optional_output(dbias, "dbias", {p.rows()});
-    const float* vp = dxp ? input(py::cast<py::array>(values), "values", {p.nnz()}) : nullptr;
-    const float* xp = dvp ? input(py::cast<py::array>(x), "x", {b, p.cols()}) : nullptr;
+    const float* vp = dxp ? input(values, "values", {p.nnz()}) : nullptr;
+    const float* xp = dvp ? input(x, "x", {b, p.cols()}) : nullptr;
     const int t = threads_of(threads);
     py::gil_scoped_release nogil;
     p.backward(xp, gp, b, vp, dxp, dvp, dbp, t);
 }
 
-void linear_forward_bf16(const LinearPlan& p, const py::array& x, const py::array& values, const py::object& bias, py::array& out, const py::object& threads) {
+void linear_forward_bf16(const LinearPlan& p, const Array& x, const Array& values, const py::object& bias, const Array& out, const py::object& threads) {
     const i64 b = batch_of(x, "x", 2);
     const bf16* xp = bits_input(x, "x", {b, p.cols()});
-    const Reals v = reals(values, "values", {p.nnz()}), bp = reals(bias, "bias", {p.rows()});
+    const Reals v = reals(values, "values", {p.nnz()}), bp = optional_reals(bias, "bias", {p.rows()});
     bf16* op = bits_output(out, "out", {b, p.rows()});
     const int t = threads_of(threads);
     py::gil_scoped_release nogil;
     forward_bf16(p, xp, b, v, bp, op, t);
 }
 
-void linear_backward_bf16(const LinearPlan& p, const py::object& x, const py::array& dy, const py::object& values, const py::object& dx,
+void linear_backward_bf16(const LinearPlan& p, const py::object& x, const Array& dy, const py::object& values, const py::object& dx,
                           const py::object& dvalues, const py::object& threads) {
     const i64 b = batch_of(dy, "dy", 2);
     const bf16* gp = bits_input(dy, "dy", {b, p.rows()});
     bf16* dxp = optional_bits(dx, "dx", {b, p.cols()});
-    const Sums dv = sums(dvalues, "dvalues", {p.nnz()});
-    const Reals v = dxp ? reals(py::cast<py::array>(values), "values", {p.nnz()}) : Reals{};
-    const bf16* xp = dvalues.is_none() ? nullptr : bits_input(py::cast<py::array>(x), "x", {b, p.cols()});
+    const Sums dv = optional_sums(dvalues, "dvalues", {p.nnz()});
+    const Reals v = dxp ? reals(array_of(values, "values"), "values", {p.nnz()}) : Reals{};
+    const bf16* xp = dvalues.is_none() ? nullptr : bits_input(array_of(x, "x"), "x", {b, p.cols()});
     const int t = threads_of(threads);
     py::gil_scoped_release nogil;
     backward_bf16(p, xp, gp, b, v, dxp, dv, t);
@@ -186,10 +182,10 @@ Layout layout_of(const py::object& o) {
 using Pair = std::pair<i64, i64>;
 using Quad = std::tuple<i64, i64, i64, i64>;
 
-std::unique_ptr<Conv2dPlan> make_conv(const py::array& indptr, const py::array& indices, i64 oc, i64 icg, i64 kh, i64 kw, Pair stride,
+std::unique_ptr<Conv2dPlan> make_conv(const Array& indptr, const Array& indices, i64 oc, i64 icg, i64 kh, i64 kw, Pair stride,
                                       Quad padding, Pair dilation, i64 groups, const py::object& layout) {
-    const i64* p = vector_of<i64>(indptr, "indptr", "int64");
-    const i32* i = vector_of<i32>(indices, "indices", "int32");
+    const i64* p = vector_of<i64>(indptr, "indptr", i64s);
+    const i32* i = vector_of<i32>(indices, "indices", i32s);
     const ConvShape s{oc, icg, kh, kw, stride.first, stride.second, std::get<0>(padding), std::get<1>(padding), std::get<2>(padding),
                       std::get<3>(padding), dilation.first, dilation.second, groups};
     const Layout l = layout_of(layout);
@@ -199,15 +195,15 @@ std::unique_ptr<Conv2dPlan> make_conv(const py::array& indptr, const py::array& 
 
 struct Image { i64 n, h, w; };
 
-Image image_of(const py::array& x, const char* name) {
+Image image_of(const Array& x, const char* name) {
     const i64 n = batch_of(x, name, 4);
     constexpr i64 most = std::numeric_limits<i32>::max() / 4;
-    if (x.shape(2) > most || x.shape(3) > most) throw std::overflow_error("an image side does not fit 32 bits");
-    return {n, x.shape(2), x.shape(3)};
+    if (x.shape[2] > most || x.shape[3] > most) throw std::overflow_error("an image side does not fit 32 bits");
+    return {n, x.shape[2], x.shape[3]};
 }
 
 
-void conv_forward(const Conv2dPlan& p, const py::array& x, const py::array& values, const py::object& bias, py::array& out, const py::object& threads) {
+void conv_forward(const Conv2dPlan& p, const Array& x, const Array& values, const py::object& bias, const Array& out, const py::object& threads) {
     const Image i = image_of(x, "x");
     const float* xp = input(x, "x", {i.n, p.shape().ic(), i.h, i.w});
     const float* vp = input(values, "values", {p.nnz()});
@@ -218,7 +214,7 @@ void conv_forward(const Conv2dPlan& p, const py::array& x, const py::array& valu
     p.forward(xp, i.n, i.h, i.w, vp, bp, op, t);
 }
 
-void conv_backward_input(const Conv2dPlan& p, const py::array& dy, const py::array& values, py::array& dx, const py::object& threads) {
+void conv_backward_input(const Conv2dPlan& p, const Array& dy, const Array& values, const Array& dx, const py::object& threads) {
     const Image i = image_of(dx, "dx");
     float* xp = output(dx, "dx", {i.n, p.shape().ic(), i.h, i.w});
     const float* vp = input(values, "values", {p.nnz()});
@@ -228,7 +224,7 @@ void conv_backward_input(const Conv2dPlan& p, const py::array& dy, const py::arr
     p.backward_input(gp, i.n, i.h, i.w, vp, xp, t);
 }
 
-void conv_backward_weight(const Conv2dPlan& p, const py::array& x, const py::array& dy, py::array& dvalues, const py::object& threads) {
+void conv_backward_weight(const Conv2dPlan& p, const Array& x, const Array& dy, const Array& dvalues, const py::object& threads) {
     const Image i = image_of(x, "x");
     const float* xp = input(x, "x", {i.n, p.shape().ic(), i.h, i.w});
     const float* gp = input(dy, "dy", {i.n, p.shape().oc, p.shape().out_h(i.h), p.shape().out_w(i.w)});
@@ -238,7 +234,7 @@ void conv_backward_weight(const Conv2dPlan& p, const py::array& x, const py::arr
     p.backward_weight(xp, gp, i.n, i.h, i.w, dvp, t);
 }
 
-void conv_backward(const Conv2dPlan& p, const py::array& x, const py::array& dy, const py::array& values, py::array& dx, py::array& dvalues,
+void conv_backward(const Conv2dPlan& p, const Array& x, const Array& dy, const Array& values, const Array& dx, const Array& dvalues,
                    const py::object& threads) {
     const Image i = image_of(x, "x");
     const float* xp = input(x, "x", {i.n, p.shape().ic(), i.h, i.w});
@@ -251,27 +247,27 @@ void conv_backward(const Conv2dPlan& p, const py::array& x, const py::array& dy,
     p.backward(xp, gp, i.n, i.h, i.w, vp, dxp, dvp, t);
 }
 
-Images images_of(const py::array& x) {
+Images images_of(const Array& x) {
     if (x.ndim() < 2) throw py::value_error("x has " + std::to_string(x.ndim()) + " dimensions, expected (images, channels, ...)");
-    const i64 n = x.shape(0), c = x.shape(1);
+    const i64 n = x.shape[0], c = x.shape[1];
     return {n, c, n * c > 0 ? x.size() / (n * c) : 0};
 }
 
 // Any shape, as long as it is x's.
-const float* like(const py::array& a, const char* name, const py::array& x) {
-    check<float>(a, name, "float32");
-    if (shape_of(a) != shape_of(x)) throw py::value_error(std::string(name) + " has shape " + text(shape_of(a)) + ", expected " + text(shape_of(x)));
-    return static_cast<const float*>(a.data());
+const float* like(const Array& a, const char* name, const Array& x) {
+    check(a, name, f32);
+    if (a.shape != x.shape) throw py::value_error(std::string(name) + " has shape " + text(a.shape) + ", expected " + text(x.shape));
+    return static_cast<const float*>(a.data);
 }
 
-float* out_like(py::array& a, const char* name, const py::array& x) {
+float* out_like(const Array& a, const char* name, const Array& x) {
     like(a, name, x);
-    if (!a.writeable()) throw py::value_error(std::string(name) + " is read-only");
-    return static_cast<float*>(a.mutable_data());
+    check_writeable(a, name);
+    return static_cast<float*>(a.data);
 }
 
-void norm_forward(const py::array& x, const py::object& weight, const py::object& bias, double eps, py::array& mean, py::array& var,
-                  py::array& out, const py::object& threads) {
+void norm_forward(const Array& x, const py::object& weight, const py::object& bias, double eps, const Array& mean, const Array& var,
+                  const Array& out, const py::object& threads) {
     const float* xp = like(x, "x", x);
     const Images s = images_of(x);
     if (s.n * s.pixels == 0) throw py::value_error("x has no values in a channel");
@@ -282,13 +278,13 @@ void norm_forward(const py::array& x, const py::object& weight, const py::object
     batch_norm_forward(s, xp, wp, bp, eps, mp, vp, op, t);
 }
 
-void norm_backward(const py::array& x, const py::array& dy, const py::array& mean, const py::array& var, const py::object& weight, double eps,
-                   const py::object& dx, py::array& dweight, py::array& dbias, const py::object& threads) {
+void norm_backward(const Array& x, const Array& dy, const Array& mean, const Array& var, const py::object& weight, double eps,
+                   const py::object& dx, const Array& dweight, const Array& dbias, const py::object& threads) {
     const float *xp = like(x, "x", x), *gp = like(dy, "dy", x);
     const Images s = images_of(x);
     const float *mp = input(mean, "mean", {s.channels}), *vp = input(var, "var", {s.channels}), *wp = optional_input(weight, "weight", {s.channels});
     float *dwp = output(dweight, "dweight", {s.channels}), *dbp = output(dbias, "dbias", {s.channels}), *dxp = nullptr;
-    if (!dx.is_none()) { py::array d = py::cast<py::array>(dx); dxp = out_like(d, "dx", x); }
+    if (!dx.is_none()) dxp = out_like(array_of(dx, "dx"), "dx", x);
     const int t = threads_of(threads);
     py::gil_scoped_release nogil;
     batch_norm_backward(s, xp, gp, mp, vp, wp, eps, dxp, dwp, dbp, t);
@@ -304,15 +300,15 @@ Pool pool_of(Pair kernel, Pair stride, Pair padding, i64 h, i64 w) {
     return p;
 }
 
-template <class A> uint8_t* bytes_of(A& a, const char* name, Want want) {
-    check<uint8_t>(a, name, "uint8");
+uint8_t* bytes_of(const Array& a, const char* name, Want want) {
+    check(a, name, u8);
     check_shape(a, name, want);
-    return const_cast<uint8_t*>(static_cast<const uint8_t*>(a.data()));
+    return static_cast<uint8_t*>(a.data);
 }
 
-void pool_forward(const py::array& x, Pair kernel, Pair stride, Pair padding, py::array& out, py::array& index, const py::object& threads) {
+void pool_forward(const Array& x, Pair kernel, Pair stride, Pair padding, const Array& out, const Array& index, const py::object& threads) {
     const Image i = image_of(x, "x");
-    const i64 c = x.shape(1);
+    const i64 c = x.shape[1];
     const Pool p = pool_of(kernel, stride, padding, i.h, i.w);
     const float* xp = like(x, "x", x);
     float* op = output(out, "out", {i.n, c, p.out_h(i.h), p.out_w(i.w)});
@@ -322,9 +318,9 @@ void pool_forward(const py::array& x, Pair kernel, Pair stride, Pair padding, py
     max_pool_forward(p, xp, i.n * c, i.h, i.w, op, ip, t);
 }
 
-void pool_backward(const py::array& dy, const py::array& index, Pair kernel, Pair stride, Pair padding, py::array& dx, const py::object& threads) {
+void pool_backward(const Array& dy, const Array& index, Pair kernel, Pair stride, Pair padding, const Array& dx, const py::object& threads) {
     const Image i = image_of(dx, "dx");
-    const i64 c = dx.shape(1);
+    const i64 c = dx.shape[1];
     const Pool p = pool_of(kernel, stride, padding, i.h, i.w);
     const float* gp = input(dy, "dy", {i.n, c, p.out_h(i.h), p.out_w(i.w)});
     const uint8_t* ip = bytes_of(index, "index", {i.n, c, p.out_h(i.h), p.out_w(i.w)});
@@ -335,10 +331,10 @@ void pool_backward(const py::array& dy, const py::array& index, Pair kernel, Pai
     max_pool_backward(p, gp, ip, i.n * c, i.h, i.w, dxp, t);
 }
 
-void conv_forward_bf16(const Conv2dPlan& p, const py::array& x, const py::array& values, const py::object& bias, py::array& out, const py::object& threads) {
+void conv_forward_bf16(const Conv2dPlan& p, const Array& x, const Array& values, const py::object& bias, const Array& out, const py::object& threads) {
     const Image i = image_of(x, "x");
     const bf16* xp = bits_input(x, "x", {i.n, p.shape().ic(), i.h, i.w});
-    const Reals v = reals(values, "values", {p.nnz()}), bp = reals(bias, "bias", {p.shape().oc});
+    const Reals v = reals(values, "values", {p.nnz()}), bp = optional_reals(bias, "bias", {p.shape().oc});
     bf16* op = bits_output(out, "out", {i.n, p.shape().oc, p.shape().out_h(i.h), p.shape().out_w(i.w)});
     const int t = threads_of(threads);
     py::gil_scoped_release nogil;
@@ -346,27 +342,27 @@ void conv_forward_bf16(const Conv2dPlan& p, const py::array& x, const py::array&
 }
 
 // The image's size comes from dx or x, whichever is there.
-void conv_backward_bf16(const Conv2dPlan& p, const py::object& x, const py::array& dy, const py::object& values, const py::object& dx,
+void conv_backward_bf16(const Conv2dPlan& p, const py::object& x, const Array& dy, const py::object& values, const py::object& dx,
                         const py::object& dvalues, const py::object& threads) {
     if (dx.is_none() && dvalues.is_none()) return;
-    const Image i = image_of(py::cast<py::array>(dx.is_none() ? x : dx), dx.is_none() ? "x" : "dx");
+    const Image i = dx.is_none() ? image_of(array_of(x, "x"), "x") : image_of(array_of(dx, "dx"), "dx");
     const bf16* gp = bits_input(dy, "dy", {i.n, p.shape().oc, p.shape().out_h(i.h), p.shape().out_w(i.w)});
     bf16* dxp = optional_bits(dx, "dx", {i.n, p.shape().ic(), i.h, i.w});
-    const Sums dv = sums(dvalues, "dvalues", {p.nnz()});
-    const Reals v = dxp ? reals(py::cast<py::array>(values), "values", {p.nnz()}) : Reals{};
-    const bf16* xp = dvalues.is_none() ? nullptr : bits_input(py::cast<py::array>(x), "x", {i.n, p.shape().ic(), i.h, i.w});
+    const Sums dv = optional_sums(dvalues, "dvalues", {p.nnz()});
+    const Reals v = dxp ? reals(array_of(values, "values"), "values", {p.nnz()}) : Reals{};
+    const bf16* xp = dvalues.is_none() ? nullptr : bits_input(array_of(x, "x"), "x", {i.n, p.shape().ic(), i.h, i.w});
     const int t = threads_of(threads);
     py::gil_scoped_release nogil;
     backward_bf16(p, xp, gp, i.n, i.h, i.w, v, dxp, dv, t);
 }
 
-void widen(const py::array& src, py::array& dst) {
+void widen(const Array& src, const Array& dst) {
     const bf16* s = bits_input(src, "src", {src.size()});
     float* d = output(dst, "dst", {src.size()});
     current_isa().widen(s, src.size(), d);
 }
 
-void narrow(const py::array& src, py::array& dst) {
+void narrow(const Array& src, const Array& dst) {
     const float* s = input(src, "src", {src.size()});
     bf16* d = bits_output(dst, "dst", {src.size()});
     current_isa().narrow(s, src.size(), d);
@@ -378,32 +374,32 @@ template <class T> py::array_t<T> given_away(std::vector<T>&& v) {
     return py::array_t<T>(py::ssize_t(own->size()), own->data(), py::capsule(own, [](void* p) { delete static_cast<std::vector<T>*>(p); }));
 }
 
-py::tuple collect_above(const py::array& g, const py::array& taken, float floor, py::array& pos, py::array& val, const py::object& threads) {
+py::tuple collect_above(const Array& g, const Array& taken, float floor, const Array& pos, const Array& val, const py::object& threads) {
     const i64 n = batch_of(g, "g", 1);
     const float* gp = input(g, "g", {n});
-    check<bool>(taken, "taken", "bool");
+    check(taken, "taken", boolean);
     check_shape(taken, "taken", {n});
     if (n > std::numeric_limits<i32>::max()) throw std::overflow_error("a block of more than 2^31-1 entries");
-    check<i32>(pos, "pos", "int32");
+    check(pos, "pos", i32s);
     check_shape(pos, "pos", {n});
-    if (!pos.writeable()) throw py::value_error("pos is read-only");
-    i32* pp = static_cast<i32*>(pos.mutable_data());
+    check_writeable(pos, "pos");
+    i32* pp = static_cast<i32*>(pos.data);
     float* vp = output(val, "val", {n});
     const int t = threads_of(threads);
     bool finite = true;
     i64 found;
     {
         py::gil_scoped_release nogil;
-        found = collect(gp, static_cast<const uint8_t*>(taken.data()), n, floor, pp, vp, finite, t);
+        found = collect(gp, static_cast<const uint8_t*>(taken.data), n, floor, pp, vp, finite, t);
     }
     return py::make_tuple(found, finite);
 }
 
-void pick_active(const py::array& g, const py::array& indptr, const py::array& indices, py::array& out) {
-    const i64 rows = i64(indptr.size()) - 1, cols = g.ndim() == 2 ? g.shape(1) : 0, nnz = indices.size();
+void pick_active(const Array& g, const Array& indptr, const Array& indices, const Array& out) {
+    const i64 rows = indptr.size() - 1, cols = g.ndim() == 2 ? g.shape[1] : 0, nnz = indices.size();
     const float* gp = input(g, "g", {rows, cols});
-    const i64* ptr = vector_of<i64>(indptr, "indptr", "int64");
-    const i32* idx = vector_of<i32>(indices, "indices", "int32");
+    const i64* ptr = vector_of<i64>(indptr, "indptr", i64s);
+    const i32* idx = vector_of<i32>(indices, "indices", i32s);
     float* op = output(out, "out", {nnz});
     if (rows < 0 || ptr[0] < 0 || ptr[rows] > nnz || !std::is_sorted(ptr, ptr + rows + 1)) throw py::value_error("indptr must rise within the indices");
     for (i64 k = ptr[0]; k < ptr[rows]; ++k)
@@ -412,8 +408,8 @@ void pick_active(const py::array& g, const py::array& indptr, const py::array& i
     pick(gp, ptr, rows, cols, idx, op);
 }
 
-py::array_t<i64> ranks_of(const py::array& sorted, const py::array& queries, const py::object& threads) {
-    const i64 *a = vector_of<i64>(sorted, "sorted", "int64"), *q = vector_of<i64>(queries, "queries", "int64");
+py::array_t<i64> ranks_of(const Array& sorted, const Array& queries, const py::object& threads) {
+    const i64 *a = vector_of<i64>(sorted, "sorted", i64s), *q = vector_of<i64>(queries, "queries", i64s);
     py::array_t<i64> out(queries.size());
     i64* o = out.mutable_data();
     const int t = threads_of(threads);
@@ -422,11 +418,11 @@ py::array_t<i64> ranks_of(const py::array& sorted, const py::array& queries, con
     return out;
 }
 
-py::tuple regrown(const py::array& indptr, const py::array& indices, i64 cols, const py::array& kept, const py::array& fresh) {
-    const i64 *ptr = vector_of<i64>(indptr, "indptr", "int64"), *fp = vector_of<i64>(fresh, "fresh", "int64");
-    const i32* idx = vector_of<i32>(indices, "indices", "int32");
-    const i64 rows = i64(indptr.size()) - 1, nnz = indices.size(), n = fresh.size();
-    check<bool>(kept, "kept", "bool");
+py::tuple regrown(const Array& indptr, const Array& indices, i64 cols, const Array& kept, const Array& fresh) {
+    const i64 *ptr = vector_of<i64>(indptr, "indptr", i64s), *fp = vector_of<i64>(fresh, "fresh", i64s);
+    const i32* idx = vector_of<i32>(indices, "indices", i32s);
+    const i64 rows = indptr.size() - 1, nnz = indices.size(), n = fresh.size();
+    check(kept, "kept", boolean);
     check_shape(kept, "kept", {nnz});
     if (rows < 0 || cols < 0 || ptr[0] != 0 || ptr[rows] != nnz || !std::is_sorted(ptr, ptr + rows + 1)) throw py::value_error("indptr must rise from 0 to the number of indices");
     for (i64 i = 0; i < n; ++i)
@@ -434,7 +430,7 @@ py::tuple regrown(const py::array& indptr, const py::array& indices, i64 cols, c
     Regrown r;
     {
         py::gil_scoped_release nogil;
-        r = regrow(ptr, idx, rows, cols, static_cast<const uint8_t*>(kept.data()), fp, n);
+        r = regrow(ptr, idx, rows, cols, static_cast<const uint8_t*>(kept.data), fp, n);
     }
     return py::make_tuple(given_away(std::move(r.indptr)), given_away(std::move(r.indices)), given_away(std::move(r.source)), given_away(std::move(r.dropped)));
 }

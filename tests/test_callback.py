@@ -831,3 +831,35 @@ def test_callback_state_round_trip():
     cb,sd = dst('SNFS'),{}
     fit(learn, 1, cbs=[cb, At('after_batch', lambda l: sd.update(copy.deepcopy(cb.state_dict())), n=5)])
     assert len(sd['updates']) == 1 and set(sd['off_mask']) == set(counts(learn.model)) and not cb.off_mask
+
+class TestQuickCallback:
+    def test_a_missing_event_asks_neither_learner_nor_model(self):
+        asked = []
+        class Nosy(nn.Sequential):
+            def __getattr__(self, name):
+                asked.append(name)
+                return super().__getattr__(name)
+        learn,cb = toy_learner(model=Nosy(nn.Linear(6, 3))),dst()
+        learn.add_cb(cb)
+        asked.clear()
+        for e in ('after_pred', 'after_loss', 'after_step'): assert cb(e) is None
+        assert not asked
+
+    def test_an_event_that_comes_later_is_sent(self):
+        class Late(DST):
+            def after_loss(self): self.got = True
+        cb,late = dst(),Late()
+        hits = []
+        cb.after_pred = lambda: hits.append(1)
+        cb('after_pred')
+        late('after_loss')
+        assert hits == [1] and late.got
+
+    def test_shadowing_the_learner_is_said_once(self):
+        learn,cb = toy_learner(),dst()
+        learn.add_cb(cb)
+        with pytest.warns(UserWarning, match='shadowing'): cb.loss_func = 1
+        with warnings.catch_warnings():
+            warnings.simplefilter('error')
+            cb.loss_func = 2
+        assert cb.loss_func == 2

@@ -577,3 +577,61 @@ def test_weight_gradient_of_rows_that_no_input_reaches_meets_no_stale_memory():
     y = F.conv2d(F.pad(ts[0], (3,0,1,3)), ts[1])
     gx,gw = torch.autograd.grad(y, ts, torch.from_numpy(dy).double())
     assert np.allclose(dx, gx, atol=1e-4) and np.allclose(dv, gw.numpy()[m], atol=1e-4)
+
+# Tensors in place of arrays
+
+def tensor_args(dtype=torch.float32):
+    return dict(x=torch.randn(4, 3).to(dtype), values=torch.randn(3).to(dtype), bias=torch.randn(2).to(dtype), out=torch.empty(4, 2, dtype=dtype))
+
+def test_tensors_are_as_good_as_arrays():
+    p, a = K.LinearPlan(*linear_args()), tensor_args()
+    want = empty(4, 2)
+    p.forward(*(a[k].numpy() for k in ('x', 'values', 'bias')), want)
+    p.forward(**(a | dict(values=torch.nn.Parameter(a['values']))))
+    assert np.array_equal(a['out'].numpy(), want)
+    grads, arrays = [torch.empty(4, 3), torch.empty(3)], [empty(4, 3), empty(3)]
+    p.backward(a['x'], a['out'], a['values'], *grads)
+    p.backward(a['x'].numpy(), want, a['values'].numpy(), *arrays)
+    assert all(np.array_equal(g.numpy(), w) for g, w in zip(grads, arrays))
+
+def test_bfloat16_tensors_are_as_good_as_their_bits():
+    p, a = K.LinearPlan(*linear_args()), tensor_args(torch.bfloat16)
+    want = np.empty((4, 2), np.int16)
+    p.forward(*(a[k].view(torch.int16).numpy() for k in ('x', 'values', 'bias')), want, dtype='bfloat16')
+    p.forward(**a, dtype='bfloat16')
+    assert np.array_equal(a['out'].view(torch.int16).numpy(), want)
+
+def without_memory():
+    t = torch.empty(4, 3)
+    t.untyped_storage().resize_(0)
+    return t
+
+def fake():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    with FakeTensorMode(): return torch.empty(4, 3)
+
+@pytest.mark.parametrize('change,error,text', [
+    (dict(x=torch.ones(4, 3).double()), TypeError, 'float64, expected float32'),
+    (dict(x=torch.ones(4, 3).bfloat16()), TypeError, 'expected float32'),
+    (dict(x=torch.ones(4, 3, dtype=torch.cfloat)), TypeError, 'complex64'),
+    (dict(x=torch.ones(4, 4)), ValueError, 'shape'),
+    (dict(x=torch.ones(4, 6)[:, ::2]), ValueError, 'contiguous'),
+    (dict(x=torch.ones(()).expand(4, 3)), ValueError, 'contiguous'),
+    (dict(x=torch.ones(4, 3).to_sparse()), TypeError, 'cannot read'),
+    (dict(x=torch.ones(4, 3, device='meta')), TypeError, 'cannot read'),
+    (dict(x=torch._neg_view(torch.ones(4, 3))), TypeError, 'cannot read'),
+    (dict(x=without_memory()), ValueError, 'without memory'),
+    (dict(x=fake()), (TypeError, ValueError), None),
+    (dict(values=torch.ones(4)), ValueError, 'shape'),
+    (dict(bias=torch.ones(3)), ValueError, 'shape'),
+    (dict(bias=[1., 2.]), TypeError, 'expected an array or a tensor'),
+    (dict(out=torch.empty(4, 3)), ValueError, 'shape'),
+])
+def test_a_wrong_tensor_is_an_error(change, error, text):
+    with pytest.raises(error, match=text): K.LinearPlan(*linear_args()).forward(**(tensor_args() | change))
+
+@pytest.mark.parametrize('method', ['forward', 'backward'])
+def test_none_is_no_bfloat16_weight(method):
+    p, a = K.LinearPlan(*linear_args()), tensor_args(torch.bfloat16)
+    args = (a['x'], None, None, a['out']) if method == 'forward' else (a['x'], a['out'], None, torch.empty_like(a['x']), None)
+    with pytest.raises(TypeError): getattr(p, method)(*args, dtype='bfloat16')
