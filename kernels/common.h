@@ -28,7 +28,7 @@ struct SpmmArgs {
     const float* bias;                // one per matrix row, or null
     bool first;                       // start from bias (or 0) instead of from y
     const uint32_t* perm = nullptr;   // where the values are in val, unless at k itself
-    bool one_sum = false;             // narrow tiles too sum a row from its first nonzero to its last, as wide ones do
+    bool half = false;                // sum in the order of a tile twice as wide, of which this is one half
     bool stream = false;              // results go past the caches, y being aligned to vectors; a fence is the caller's business
 };
 

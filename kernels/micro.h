@@ -76,8 +76,8 @@ template <int TR, int TC, bool UNIT, bool PERM, int U> static void spmm_rows(con
 }
 
 template <int TR, int TC, bool UNIT> static void spmm(const SpmmArgs& a) {
-    constexpr int U = Tile<TR, TC, UNIT>::U;
-    if (a.one_sum && U > 1) a.perm ? spmm_rows<TR, TC, UNIT, true, 1>(a) : spmm_rows<TR, TC, UNIT, false, 1>(a);
+    constexpr int U = Tile<TR, TC, UNIT>::U, H = Tile<TR, 2 * TC, UNIT>::U;
+    if (a.half && H != U) a.perm ? spmm_rows<TR, TC, UNIT, true, H>(a) : spmm_rows<TR, TC, UNIT, false, H>(a);
     else a.perm ? spmm_rows<TR, TC, UNIT, true, U>(a) : spmm_rows<TR, TC, UNIT, false, U>(a);
 }
 
