@@ -2,7 +2,6 @@
 // the float32 plan, and what comes out is rounded. How it is cut doesn't depend on the threads, so the results don't either.
 #include "plan.h"
 #include <algorithm>
-#include <exception>
 
 namespace fastsparse {
 namespace {
@@ -48,18 +47,12 @@ struct Pieces {
 };
 
 // f(task, slot, threads within): the threads share the tasks if they come out even, and each task otherwise.
-// What a task throws must not leave the OpenMP region.
 template <class F> void share(i64 tasks, int threads, F&& f) {
     if (tasks < 4 * threads && tasks % threads) {
         for (i64 t = 0; t < tasks; ++t) f(t, 0, threads);
         return;
     }
-    std::mutex lock;
-    std::exception_ptr error;
-    parallel_for(tasks, threads, [&](i64 t, int slot) {
-        try { f(t, slot, 1); } catch (...) { std::lock_guard<std::mutex> guard(lock); error = std::current_exception(); }
-    });
-    if (error) std::rethrow_exception(error);
+    parallel_for(tasks, threads, [&](i64 t, int slot) { f(t, slot, 1); });
 }
 
 // product(x, items, out, threads) for every piece.

@@ -294,7 +294,7 @@ LinearPlan::LinearPlan(const i64* indptr, i64 n_indptr, const i32* idx, i64 nnz,
     : w_(checked_csr(indptr, n_indptr, idx, nnz, rows, cols)), rows_(row_segs(w_)) {}
 
 // A panel fits the L1 cache, unless that leaves too few nonzeros in a row of it to be worth loading the outputs again.
-std::shared_ptr<const Panels> LinearPlan::panels(bool transposed, i64 lanes) const {
+std::shared_ptr<const Panels> LinearPlan::panels(bool transposed, i64 lanes, int threads) const {
     constexpr i64 l1_floats = 12 * 1024, l2_floats = 128 * 1024;
     constexpr double few = 12;
     const double density = double(nnz()) / std::max(1., double(rows()) * double(cols()));
@@ -305,8 +305,8 @@ std::shared_ptr<const Panels> LinearPlan::panels(bool transposed, i64 lanes) con
     for (const auto& c : cache_)
         if (c.transposed == transposed && c.panels->width == width) return c.panels;
     if (cache_.size() >= 8) cache_.erase(cache_.begin());
-    cache_.push_back({transposed, transposed ? std::make_shared<Panels>(Panels::transposed(w_, row_chunk, width))
-                                             : std::make_shared<Panels>(w_, 0, rows(), row_chunk, width, false)});
+    cache_.push_back({transposed, transposed ? std::make_shared<Panels>(Panels::transposed(w_, row_chunk, width, threads))
+                                             : std::make_shared<Panels>(w_, 0, rows(), row_chunk, width, false, threads)});
     return cache_.back().panels;
 }
 
@@ -327,7 +327,7 @@ void LinearPlan::forward(const float* x, i64 batch, const float* values, const f
     if (!batch || !rows()) return;
     if (batch == 1) { multiply_one(isa, w_, rows_, x, values, bias, out, threads); return; }
     const Batch b(batch, isa.width, tile_vectors(isa));
-    const auto ps = panels(false, b.most());
+    const auto ps = panels(false, b.most(), threads);
     const Tiles tiles{isa, b, w_, *ps, *ps};
     const ByTile by{tiles, threads};
     if (by.even()) by.forward(x, values, bias, out);
@@ -355,7 +355,7 @@ void LinearPlan::backward(const float* x, const float* dy, i64 batch, const floa
         return;
     }
     const Batch b(batch, isa.width, tile_vectors(isa));
-    const auto ps = panels(false, b.most()), pt = panels(true, b.most());
+    const auto ps = panels(false, b.most(), threads), pt = panels(true, b.most(), threads);
     const Tiles tiles{isa, b, w_, *ps, *pt};
     const ByTile by{tiles, threads};
     const Backward k{x, dy, values, dx, dvalues, dbias, false};

@@ -3,6 +3,7 @@
 #include "common.h"
 #include <algorithm>
 #include <atomic>
+#include <exception>
 #ifdef FASTSPARSE_STD_THREADS
 #include <thread>
 #endif
@@ -19,12 +20,22 @@
 namespace fastsparse {
 namespace {
 
-struct Job { TaskFn body; void* ctx; i64 n; std::atomic<i64> next{0}; std::atomic<int> slots{0}; };
+struct Job {
+    TaskFn body; void* ctx; i64 n;
+    std::atomic<i64> next{0}; std::atomic<int> slots{0};
+    std::mutex lock; std::exception_ptr error;   // what a task throws must not leave the OpenMP region
+};
 
 void work(void* p) {
     Job& j = *static_cast<Job*>(p);
     const int slot = j.slots++;
-    for (i64 t; (t = j.next++) < j.n;) j.body(j.ctx, t, slot);
+    try {
+        for (i64 t; (t = j.next++) < j.n;) j.body(j.ctx, t, slot);
+    } catch (...) {
+        std::lock_guard<std::mutex> guard(j.lock);
+        j.error = std::current_exception();
+        j.next = j.n;
+    }
 }
 
 #ifndef FASTSPARSE_STD_THREADS
@@ -95,6 +106,25 @@ const Runtime* runtime() {
 }
 #endif
 
+void run(Job& job, int threads) {
+#ifdef FASTSPARSE_STD_THREADS
+    std::vector<std::thread> team;
+    for (int i = 1; i < threads; ++i) team.emplace_back(work, &job);
+    work(&job);
+    for (auto& t : team) t.join();
+#else
+    const Runtime* r = runtime();
+    if (!r) work(&job);
+    else if (r->gomp) r->gomp(work, &job, unsigned(threads), 0);
+    else {
+        static char source[] = ";fastsparse;parallel;0;0;;";
+        struct { i32 reserved, flags, r2, r3; char* source; } where = {0, 2, 0, 0, source};
+        r->kmp_push(&where, r->kmp_gtid(&where), threads);
+        r->kmp_fork(&where, 1, work_kmp, static_cast<void*>(&job));
+    }
+#endif
+}
+
 }  // namespace
 
 int max_threads() {
@@ -116,26 +146,14 @@ std::string threading() {
 }
 
 void run_tasks(i64 n, int threads, TaskFn body, void* ctx) {
+    if (threads <= 1 || n <= 1) {
+        for (i64 t = 0; t < n; ++t) body(ctx, t, 0);
+        return;
+    }
     Job job;
     job.body = body; job.ctx = ctx; job.n = n;
-    threads = int(std::min<i64>(threads, n));
-    if (threads <= 1) { work(&job); return; }
-#ifdef FASTSPARSE_STD_THREADS
-    std::vector<std::thread> team;
-    for (int i = 1; i < threads; ++i) team.emplace_back(work, &job);
-    work(&job);
-    for (auto& t : team) t.join();
-#else
-    const Runtime* r = runtime();
-    if (!r) work(&job);
-    else if (r->gomp) r->gomp(work, &job, unsigned(threads), 0);
-    else {
-        static char source[] = ";fastsparse;parallel;0;0;;";
-        struct { i32 reserved, flags, r2, r3; char* source; } where = {0, 2, 0, 0, source};
-        r->kmp_push(&where, r->kmp_gtid(&where), threads);
-        r->kmp_fork(&where, 1, work_kmp, static_cast<void*>(&job));
-    }
-#endif
+    run(job, int(std::min<i64>(threads, n)));
+    if (job.error) std::rethrow_exception(job.error);
 }
 
 }  // namespace fastsparse

@@ -24,12 +24,14 @@ struct Panels {
     std::vector<i64> at;          // the first segment of (chunk, panel)
     std::vector<i32> idx;         // in this order, if asked for
     std::vector<uint32_t> perm;
-    Panels(const Csr& a, i64 row0, i64 row1, i64 chunk, i64 width, bool reorder);
-    static Panels transposed(const Csr& a, i64 chunk, i64 width);  // of a's columns, in this order
+    Panels(const Csr& a, i64 row0, i64 row1, i64 chunk, i64 width, bool reorder, int threads = 1);
+    static Panels transposed(const Csr& a, i64 chunk, i64 width, int threads);  // of a's columns, in this order
     const Seg* begin(i64 c, i64 p) const { return segs.data() + at[c * n_panels + p]; }
     i64 count(i64 c, i64 p) const { return at[c * n_panels + p + 1] - at[c * n_panels + p]; }
 private:
+    struct Chunk { std::vector<Seg> segs; std::vector<i64> at; };
     Panels(i64 rows, i64 cols, i64 chunk, i64 width);
+    void join(const std::vector<Chunk>& chunks);
 };
 
 Csr checked_csr(const i64* indptr, i64 n_indptr, const i32* idx, i64 nnz, i64 rows, i64 cols);
@@ -47,7 +49,7 @@ public:
     void backward(const float* x, const float* dy, i64 batch, const float* values, float* dx, float* dvalues, float* dbias, int threads) const;
 private:
     struct Cached { bool transposed; std::shared_ptr<const Panels> panels; };
-    std::shared_ptr<const Panels> panels(bool transposed, i64 lanes) const;
+    std::shared_ptr<const Panels> panels(bool transposed, i64 lanes, int threads) const;
     i64 tile_vectors(const Isa& isa) const;
     const Csr& columns() const;   // for a single item, made when it is first needed
     Csr w_;

@@ -2,6 +2,7 @@
 #include "plan.h"
 #include <algorithm>
 #include <limits>
+#include <utility>
 
 namespace fastsparse {
 
@@ -46,13 +47,23 @@ static void store_in_order(const Csr& a, std::vector<Seg>& segs, std::vector<i32
 Panels::Panels(i64 rows, i64 cols, i64 chunk, i64 width)
     : rows(rows), cols(cols), width(width), row0(0), chunk(chunk), n_chunks(ceil_div(rows, chunk)), n_panels(std::max<i64>(1, ceil_div(cols, width))) {}
 
-Panels::Panels(const Csr& a, i64 row0, i64 row1, i64 chunk, i64 width, bool reorder)
+void Panels::join(const std::vector<Chunk>& chunks) {
+    size_t n = 0;
+    for (const Chunk& c : chunks) n += c.segs.size();
+    segs.reserve(n);
+    at.reserve(chunks.size() * n_panels + 1);
+    for (const Chunk& c : chunks) {
+        for (i64 i : c.at) at.push_back(i + i64(segs.size()));
+        segs.insert(segs.end(), c.segs.begin(), c.segs.end());
+    }
+    at.push_back(i64(n));
+}
+
+Panels::Panels(const Csr& a, i64 row0, i64 row1, i64 chunk, i64 width, bool reorder, int threads)
     : rows(a.rows), cols(a.cols), width(width), row0(row0), chunk(chunk), n_chunks(ceil_div(row1 - row0, chunk)), n_panels(std::max<i64>(1, ceil_div(a.cols, width))) {
-    std::vector<std::vector<Seg>> panel(n_panels);
-    std::vector<i32> count;
-    at.reserve(n_chunks * n_panels + 1);
-    segs.reserve(row1 - row0);
-    for (i64 c = 0; c < n_chunks; ++c) {
+    std::vector<Chunk> chunks(n_chunks);
+    parallel_for(n_chunks, threads, [&](i64 c, int) {
+        std::vector<std::vector<Seg>> panel(n_panels);
         for (i64 r = row0 + c * chunk; r < std::min(row1, row0 + (c + 1) * chunk); ++r) {
             i64 k = a.indptr[r];
             const i64 end = a.indptr[r + 1];
@@ -63,20 +74,21 @@ Panels::Panels(const Csr& a, i64 row0, i64 row1, i64 chunk, i64 width, bool reor
                 panel[p].push_back({uint32_t(start), i32(r), i32(k - start)});
             }
         }
+        std::vector<i32> count;
         for (i64 p = 0; p < n_panels; ++p) {
-            at.push_back(i64(segs.size()));
-            append_sorted(panel[p], p == 0, count, segs);
+            chunks[c].at.push_back(i64(chunks[c].segs.size()));
+            append_sorted(panel[p], p == 0, count, chunks[c].segs);
         }
-    }
-    at.push_back(i64(segs.size()));
+    });
+    join(chunks);
     if (reorder) store_in_order(a, segs, idx, perm);
 }
 
 namespace {
 
 // f(row, chunk, first entry, end) for each run of entries of a row within a chunk of columns.
-template <class F> void each_run(const Csr& a, i64 chunk, F&& f) {
-    for (i64 r = 0; r < a.rows; ++r)
+template <class F> void each_run(const Csr& a, i64 row0, i64 row1, i64 chunk, F&& f) {
+    for (i64 r = row0; r < row1; ++r)
         for (i64 k = a.indptr[r], end = a.indptr[r + 1]; k < end;) {
             const i64 c = a.idx[k] / chunk, limit = (c + 1) * chunk, first = k;
             while (k < end && a.idx[k] < limit) ++k;
@@ -90,19 +102,28 @@ struct ByChunk {
     std::vector<i64> start;
     std::unique_ptr<Entry[]> entries;
     std::unique_ptr<uint16_t[]> col;  // within the chunk
-    ByChunk(const Csr& a, i64 chunk)
-        : start(size_t(ceil_div(a.cols, chunk)) + 1, 0), entries(new Entry[a.idx.size()]), col(new uint16_t[a.idx.size()]) {
-        each_run(a, chunk, [&](i64, i64 c, i64 first, i64 end) { start[c + 1] += end - first; });
-        for (size_t c = 1; c < start.size(); ++c) start[c] += start[c - 1];
-        std::vector<i64> to(start.begin(), start.end() - 1);
-        each_run(a, chunk, [&](i64 r, i64 c, i64 first, i64 end) {
-            Entry* e = entries.get() + to[c] - first;
-            uint16_t* l = col.get() + to[c] - first;
-            for (i64 k = first; k < end; ++k) {
-                e[k] = {i32(r), uint32_t(k)};
-                l[k] = uint16_t(a.idx[k] - c * chunk);
-            }
-            to[c] += end - first;
+    ByChunk(const Csr& a, i64 chunk, int threads) : entries(new Entry[a.idx.size()]), col(new uint16_t[a.idx.size()]) {
+        constexpr i64 parts = 8;      // of the rows
+        const i64 n = ceil_div(a.cols, chunk);
+        std::vector<i64> to(static_cast<size_t>(parts * n), 0);
+        parallel_for(parts, threads, [&](i64 p, int) {
+            each_run(a, a.rows * p / parts, a.rows * (p + 1) / parts, chunk, [&](i64, i64 c, i64 first, i64 end) { to[p * n + c] += end - first; });
+        });
+        i64 used = 0;
+        for (i64 c = 0; c < n; ++c) {
+            start.push_back(used);
+            for (i64 p = 0; p < parts; ++p) used += std::exchange(to[p * n + c], used);
+        }
+        start.push_back(used);
+        parallel_for(parts, threads, [&](i64 p, int) {
+            each_run(a, a.rows * p / parts, a.rows * (p + 1) / parts, chunk, [&](i64 r, i64 c, i64 first, i64 end) {
+                i64 i = to[p * n + c];
+                to[p * n + c] += end - first;
+                for (i64 k = first; k < end; ++k, ++i) {
+                    entries[i] = {i32(r), uint32_t(k)};
+                    col[i] = uint16_t(a.idx[k] - c * chunk);
+                }
+            });
         });
     }
 };
@@ -110,29 +131,30 @@ struct ByChunk {
 }  // namespace
 
 // Two passes, each of which writes to few places at a time: transposing first would write to all columns at once.
-Panels Panels::transposed(const Csr& a, i64 chunk, i64 width) {
+Panels Panels::transposed(const Csr& a, i64 chunk, i64 width, int threads) {
     Panels t(a.cols, a.rows, chunk, width);
-    const ByChunk by(a, chunk);
+    const ByChunk by(a, chunk, threads);
     t.idx.resize(a.idx.size());
     t.perm.resize(a.idx.size());
-    std::vector<Seg> panel;
-    std::vector<i32> count, n(static_cast<size_t>(chunk));
-    std::vector<uint32_t> to(static_cast<size_t>(chunk));
-    uint32_t used = 0;
-    for (i64 c = 0; c < t.n_chunks; ++c) {
+    std::vector<Chunk> chunks(t.n_chunks);
+    parallel_for(t.n_chunks, threads, [&](i64 c, int) {
         const i64 c0 = c * chunk, c1 = std::min(a.cols, c0 + chunk);
+        std::vector<Seg>& segs = chunks[c].segs;
+        std::vector<Seg> panel;
+        std::vector<i32> count, n(static_cast<size_t>(chunk));
+        std::vector<uint32_t> to(static_cast<size_t>(chunk));
         i64 i = by.start[c];
+        uint32_t used = uint32_t(i);
         for (i64 p = 0; p < t.n_panels; ++p) {
-            const i64 first = i, limit = p == t.n_panels - 1 ? a.rows : (p + 1) * width;
+            const i64 first = i, limit = p == t.n_panels - 1 ? a.rows : (p + 1) * width, before = i64(segs.size());
             std::fill(n.begin(), n.end(), 0);
             for (; i < by.start[c + 1] && by.entries[i].row < limit; ++i) ++n[by.col[i]];
             for (i64 r = c0; r < c1; ++r) panel.push_back({0, i32(r), n[r - c0]});
-            t.at.push_back(i64(t.segs.size()));
-            append_sorted(panel, p == 0, count, t.segs);
-            for (i64 s = t.at.back(); s < i64(t.segs.size()); ++s) {
-                Seg& seg = t.segs[s];
-                seg.start = to[seg.row - c0] = used;
-                used += uint32_t(seg.n);
+            chunks[c].at.push_back(before);
+            append_sorted(panel, p == 0, count, segs);
+            for (i64 s = before; s < i64(segs.size()); ++s) {
+                segs[s].start = to[segs[s].row - c0] = used;
+                used += uint32_t(segs[s].n);
             }
             for (i64 k = first; k < i; ++k) {
                 const uint32_t at = to[by.col[k]]++;
@@ -140,8 +162,8 @@ Panels Panels::transposed(const Csr& a, i64 chunk, i64 width) {
                 t.perm[at] = by.entries[k].at;
             }
         }
-    }
-    t.at.push_back(i64(t.segs.size()));
+    });
+    t.join(chunks);
     return t;
 }
 
