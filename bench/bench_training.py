@@ -124,13 +124,15 @@ def measure(name, sparsities, rounds, peers, every=6, n_steps=16):
     ms = {k: 1e3*statistics.median(v) for k,v in times.items()}
     dense = min(v for k,v in ms.items() if k in ('dense', 'dense channels_last'))
     bf16 = min(v for k,v in ms.items() if 'bf16' in k)
+    until = RigL_presets['stop_pct'] # of training, after which connectivity stays
     rows = []
     for s in sparsities:
         k = f'sparse {s:g}'
         step,update = ms[k],1e3*statistics.median(updates[k])
         mean = (step*(EVERY-1) + update)/EVERY
         rows.append(dict(model=name, sparsity=s, step_ms=step, update_ms=update, amortised_ms=mean, dense_ms=dense, dense_bf16_ms=bf16, speedup=dense/mean,
-                         speedup_over_bf16=bf16/mean, sparseprop_ms=ms.get(f'sparseprop {s:g}'), speedup_over_sparseprop=ms[f'sparseprop {s:g}']/mean if peers else None, update_in_dense_steps=update/dense, update_share=update/EVERY/mean, target=TARGETS[name][[.9,.95,.99].index(s)] if s in (.9,.95,.99) else None,
+                         speedup_over_bf16=bf16/mean, sparseprop_ms=ms.get(f'sparseprop {s:g}'), speedup_over_sparseprop=ms[f'sparseprop {s:g}']/mean if peers else None, update_in_dense_steps=update/dense, update_share=update/EVERY/mean,
+                         update_share_of_training=until*update/(step*(EVERY-until) + until*update), target=TARGETS[name][[.9,.95,.99].index(s)] if s in (.9,.95,.99) else None,
                          layers=sparse_kernels_report(cs[k][0]).reset_index().to_dict('records')))
     return dict(model=name, all_ms=ms, rows=rows)
 
@@ -188,7 +190,7 @@ def main():
         gc.collect()
         for r in results[-1]['rows']:
             print(f"{m:12} {r['sparsity']:.0%}: {r['amortised_ms']:8.1f} ms, dense {r['dense_ms']:8.1f} (bf16 {r['dense_bf16_ms']:.1f}): {r['speedup']:.2f}× (wanted {r['target']}), "
-                  f"update {r['update_in_dense_steps']:.1f} dense steps, {r['update_share']:.1%} of the time", flush=True)
+                  f"update {r['update_in_dense_steps']:.1f} dense steps, {r['update_share']:.1%} of the time while they go on, {r['update_share_of_training']:.1%} of training", flush=True)
         res = dict(bench='training', settings=dict(threads=a.threads, rounds=a.rounds, every=EVERY), cpu=cpu_name(), machine=platform.machine(), isa=isa(),
                    versions=dict(fastsparse=fastsparse.__version__, torch=torch.__version__, python=platform.python_version()), results=results)
         (out/'training.json').write_text(json.dumps(res, indent=1) + '\n')
