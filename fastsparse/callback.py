@@ -94,7 +94,7 @@ class _QuickCallback(Callback):
     def training(self): return self.learn.training
 
     def __setattr__(self, name, value):
-        if name in vars(self): object.__setattr__(self, name, value)      # whether it shadows a learner's attribute was asked the first time
+        if name in vars(self): object.__setattr__(self, name, value)      # without fastai's question whether it shadows a learner's attribute
         else: super().__setattr__(name, value)
 
 class KernelSwitch:

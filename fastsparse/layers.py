@@ -309,7 +309,7 @@ def run_forward(
 ) -> Tensor: # In the dtype of `x`
     "Output of the layer. Should a kernel fail, the layer computes densely from then on."
     out = x.new_empty(geom.out_shape(x.shape))
-    if _survives(plan, plan.forward, geom.batched(x), _values(plan, values), bias, geom.batched(out), None, _dtype(x)): return out
+    if _survives(plan, plan.forward, geom.batched(x), _values(plan, values), None if bias is None else bias.detach(), geom.batched(out), None, _dtype(x)): return out
     w = dense_weight(values.detach(), *plan.structure, geom.weight_shape).to(x.dtype)
     return geom.dense(x, w, None if bias is None else bias.to(x.dtype))
 

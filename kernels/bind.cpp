@@ -313,6 +313,7 @@ void pool_forward(const Array& x, Pair kernel, Pair stride, Pair padding, const 
     const float* xp = like(x, "x", x);
     float* op = output(out, "out", {i.n, c, p.out_h(i.h), p.out_w(i.w)});
     uint8_t* ip = bytes_of(index, "index", {i.n, c, p.out_h(i.h), p.out_w(i.w)});
+    check_writeable(index, "index");
     const int t = threads_of(threads);
     py::gil_scoped_release nogil;
     max_pool_forward(p, xp, i.n * c, i.h, i.w, op, ip, t);

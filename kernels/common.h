@@ -26,7 +26,7 @@ struct SpmmArgs {
     const Seg* segs; i64 nseg;
     float* y; i64 ypitch, yrow, ycol; // output scratch: distance between matrix rows, tile rows, tile columns
     const float* bias;                // one per matrix row, or null
-    bool first;                       // start from bias (or 0) instead of from y
+    bool first;                       // y = bias (or 0) + the sum; otherwise y += the sum
     const uint32_t* perm = nullptr;   // where the values are in val, unless at k itself
     bool half = false;                // sum in the order of a tile twice as wide, of which this is one half
     bool stream = false;              // results go past the caches, y being aligned to vectors; a fence is the caller's business

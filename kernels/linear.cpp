@@ -19,15 +19,15 @@ struct Batch {
     i64 floats(i64 dim) const { return vectors * width * dim; }
 };
 
-// No thread waits long for the last task.
+// Whether equal tasks keep the threads busy but for a ninth of the time.
 bool shared_evenly(i64 tasks, int threads) { return threads == 1 || ceil_div(tasks, threads) * threads * 8 <= tasks * 9; }
 
 // One tile of one product, or a part of its lanes: what both the serial and the threaded order are made of.
 struct Work {
     const Isa& isa; const Batch& b; i64 t, lanes, item, used;
-    bool part;
+    bool half;
     Work(const Isa& isa, const Batch& b, i64 t, i64 p = 0, i64 parts = 1)
-        : isa(isa), b(b), t(t), lanes(b.lanes(t) / parts), item(b.start(t) + p * lanes), used(std::min(lanes, b.items - item)), part(parts > 1) {}
+        : isa(isa), b(b), t(t), lanes(b.lanes(t) / parts), item(b.start(t) + p * lanes), used(std::min(lanes, b.items - item)), half(parts > 1) {}
 
     // src[item, c0..c1] -> dst[column - c0, lane]
     void pack(const float* src, i64 dim, i64 c0, i64 c1, float* dst) const {
@@ -40,7 +40,7 @@ struct Work {
     void multiply(const Csr& a, const Panels& ps, i64 c, i64 p, const float* values, const float* bias, const float* x, float* y) const {
         const bool own = !ps.idx.empty();
         isa.find(op_spmm, 1, int(lanes / b.width), true).spmm({x, lanes, 0, b.width, own ? ps.idx.data() : a.idx.data(), values,
-            ps.begin(c, p), ps.count(c, p), y, lanes, 0, b.width, bias, p == 0, own ? ps.perm.data() : nullptr, part});
+            ps.begin(c, p), ps.count(c, p), y, lanes, 0, b.width, bias, p == 0, own ? ps.perm.data() : nullptr, half});
     }
     void sample(const Csr& a, const Panels& ps, i64 c, i64 p, const float* x, const float* dy, float* dvalues, bool add) const {
         const int parts = int(b.lanes(t) / lanes);   // of which this is the first
@@ -161,6 +161,7 @@ struct ByTile {
     }
 
     i64 share() const { return round_up(s.a.nnz(), s.b.width) + s.a.rows; }
+    // Tiles whose shares of the gradients are kept at a time: a multiple of the threads, in 16 MB where that is possible.
     i64 group() const {
         constexpr i64 most = i64(4) << 20;  // floats
         return std::min(s.b.tiles, std::max<i64>(most / share() / threads * threads, threads));
@@ -200,11 +201,13 @@ struct ByTile {
 // Few tiles: two threads share the lanes of each, or any number its rows. The order of every sum is that of one thread.
 struct Shared {
     const Isa& isa; const Batch& b; int threads;
-    i64 parts = 2;   // of a tile's lanes, packed one after the other
-    Shared(const Isa& isa, const Batch& b, int threads) : isa(isa), b(b), threads(threads) {
+    const i64 parts;   // 2 if each tile is packed as two halves, one after the other, 1 if whole; what reads packed data goes by it
+    Shared(const Isa& isa, const Batch& b, int threads) : isa(isa), b(b), threads(threads), parts(parts_of(b, threads)) {}
+
+    static i64 parts_of(const Batch& b, int threads) {
         for (i64 t = 0; t < b.tiles; ++t)
-            if (b.lanes(t) / b.width % 2) parts = 1;
-        if (!shared_evenly(2 * b.tiles, threads)) parts = 1;
+            if (b.lanes(t) / b.width % 2) return 1;
+        return shared_evenly(2 * b.tiles, threads) ? 2 : 1;
     }
 
     void pack(const float* src, i64 dim, float* dst) const {
@@ -316,7 +319,8 @@ const Csr& LinearPlan::columns() const {
     return *columns_;
 }
 
-// With few nonzeros in a row narrower tiles win, whose packed inputs are nearer. Not more registers than the smallest ISA has.
+// Vectors in a tile: as many sums as 16 registers leave room for. Where vectors are wide and nonzeros few, half of that wins:
+// what is packed is then nearer.
 i64 LinearPlan::tile_vectors(const Isa& isa) const {
     constexpr double few = 1. / 64;
     return isa.width == 16 && double(nnz()) < few * double(rows()) * double(cols()) ? 4 : 8;

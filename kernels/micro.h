@@ -82,7 +82,7 @@ template <int TR, int TC, bool UNIT> static void spmm(const SpmmArgs& a) {
 }
 
 // Vectors become their sums, W of them at a time. The memory belongs to the caller, so that the rest can stay in registers.
-struct Sums {
+struct Reducer {
     static constexpr int W = V::W;
     float *buf, *out;
     i64 fill = 0;
@@ -92,7 +92,7 @@ struct Sums {
 #else
     static constexpr int floats = W * W;
 #endif
-    Sums(float* buf, float* out) : buf(buf), out(out) {}
+    Reducer(float* buf, float* out) : buf(buf), out(out) {}
 
     inline void put(V v) {
 #ifdef FS_QUADS
@@ -124,18 +124,18 @@ static inline void copy_run(const float* src, i64 n, float* dst, bool add) {
 template <int TR, int TC, bool UNIT> static void sddmm(const SddmmArgs& a) {
     using T = Tile<TR, TC, UNIT>;
     constexpr int N = T::N;
-    constexpr i64 room = 1024;
+    constexpr i64 room = 1024;             // sums that are collected before they are copied
     const i64 scale = a.scale, xrow = a.xrow, xcol = a.xcol, ypitch = a.ypitch, yrow = a.yrow, ycol = a.ycol;
     const float *x = a.x, *dy = a.y;
     const i32* idx = a.idx;
     float* dv = a.dv;
-    alignas(64) float collected[room + V::W], buf[Sums::floats];
+    alignas(64) float collected[room + V::W], buf[Reducer::floats];
     const Seg *s = a.segs, *e = s + a.nseg;
     for (i64 done = 0; s != e;) {          // entries of s that are done
         const Seg* first = s;
-        const i64 skip = done;
+        const i64 skip = done;             // entries of `first` that an earlier round has copied
         i64 used = 0;
-        Sums sums(buf, collected);
+        Reducer sums(buf, collected);
         while (s != e && used < room) {
             const i64 n = s->n - done < room - used ? s->n - done : room - used;
             const float* y = dy + s->row * ypitch;

@@ -103,7 +103,7 @@ struct ByChunk {
     std::unique_ptr<Entry[]> entries;
     std::unique_ptr<uint16_t[]> col;  // within the chunk
     ByChunk(const Csr& a, i64 chunk, int threads) : entries(new Entry[a.idx.size()]), col(new uint16_t[a.idx.size()]) {
-        constexpr i64 parts = 8;      // of the rows
+        constexpr i64 parts = 8;      // of the rows: a fixed number, as each writes to a place of its own in every chunk
         const i64 n = ceil_div(a.cols, chunk);
         std::vector<i64> to(static_cast<size_t>(parts * n), 0);
         parallel_for(parts, threads, [&](i64 p, int) {

@@ -1167,3 +1167,25 @@ def test_fx_trace():
     model = nn.Sequential(SparseLinear(7, 5, sparsity=.6), nn.ReLU())
     x = torch.randn(3, 7)
     torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), model(x))
+
+# What a second reader found
+
+def test_empty_batches_of_any_stride():
+    "PyTorch calls a tensor without elements contiguous, whatever its strides."
+    with torch.no_grad():
+        assert SparseLinear(8, 4, sparsity=.5)(torch.randn(0, 16)[:, ::2]).shape == (0, 4)
+        x = torch.randn(0, 4, 8, 8).to(memory_format=torch.channels_last)
+        assert SparseConv2d.from_dense(nn.Conv2d(4, 6, 3))(x).shape == (0, 6, 6, 6)
+    m,x = SparseLinear(8, 4, sparsity=.5),torch.randn(0, 8, requires_grad=True)
+    m(x).backward(torch.randn(0, 8)[:, ::2])
+    assert x.grad.shape == (0, 8) and not m.weight.grad.any()
+
+def test_a_bias_replaced_during_a_call_stays_readable(monkeypatch):
+    "The kernel runs without the GIL: it must hold the memory itself, not the parameter that may get another."
+    m = SparseLinear(8, 4, sparsity=.5)
+    seen = []
+    monkeypatch.setattr(kernels.LinearPlan, 'forward', lambda self, x, v, bias, out, *a: seen.append(bias) or out.zero_())
+    m(torch.randn(2, 8))
+    old = m.bias.data_ptr()
+    m.bias.data = torch.zeros(4)
+    assert seen[0].data_ptr() == old != m.bias.data_ptr()

@@ -1,5 +1,5 @@
 "Batch normalisation and pooling on the kernels: while sparse layers train, and only then."
-import pytest, torch, torch.nn.functional as F
+import numpy as np, pytest, torch, torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch import nn
 from fastai.basics import Callback, Learner, SGD
@@ -121,3 +121,11 @@ def test_wrong_arrays_are_errors():
                  lambda: kernels.max_pool_backward(o, i+4, (2,2), (2,2), (0,0), x.copy())):
         with pytest.raises(ValueError): call()
     with pytest.raises(TypeError): kernels.batch_norm_forward(x.astype(np.float64), None, None, 0., v, v.copy(), x.copy())
+
+def test_read_only_index_is_refused():
+    index = np.zeros((1, 1, 2, 2), np.uint8)
+    index.setflags(write=False)
+    x = np.random.default_rng(0).random((1, 1, 4, 4), dtype=np.float32)
+    with pytest.raises(ValueError, match='index is read-only'):
+        kernels.max_pool_forward(x, (2, 2), (2, 2), (0, 0), np.empty((1, 1, 2, 2), np.float32), index)
+    assert not index.any()
