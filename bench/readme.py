@@ -44,7 +44,7 @@ def kernels():
 def training():
     d = load('training')
     if d is None: return ''
-    rows = [(r['model'], pct(r['sparsity']), f"{r['dense_ms']:.0f}", f"{r['amortised_ms']:.0f}", f"{r['speedup']:.2f}×", times(r['target']), f"{r['speedup_over_bf16']:.2f}×", times(r.get('speedup_over_sparseprop')), f"{r['update_in_dense_steps']:.1f}", pct(round(r.get('update_share_of_training', r['update_share']), 3)))
+    rows = [(r['model'], pct(r['sparsity']), f"{r['dense_ms']:.0f}", f"{r['amortised_ms']:.0f}", f"{r['speedup']:.2f}×", times(r['target']), f"{r['speedup_over_bf16']:.2f}×", times(r.get('speedup_over_sparseprop')), f"{r['update_in_dense_steps']:.1f}", pct(round(r['update_share_of_training'], 3)))
             for res in d['results'] for r in res['rows']]
     peers = [r['speedup_over_sparseprop'] for res in d['results'] for r in res['rows'] if r.get('speedup_over_sparseprop')]
     mean = f' ({geomean(peers):.1f}× slower in geometric mean)' if peers else ''

@@ -102,7 +102,8 @@ def float32_to_bf16(
 
 # %% ../nbs/00_kernels.ipynb #b16f0005
 def _in(plan, method, dtype):
-    "The method of a compiled plan for a dtype other than float32."
+    "The method of a compiled plan for a dtype."
+    if dtype == 'float32': return getattr(plan, method)
     if dtype == 'bfloat16': return getattr(plan, f'{method}_bf16')
     raise ValueError(f"dtype is {dtype!r}, expected 'float32' or 'bfloat16'")
 
@@ -138,8 +139,7 @@ class LinearPlan:
         dtype:str='float32' # Of `x` and `out`; with 'bfloat16' they are uint16 or int16, and `values` and `bias` those or float32
     ):
         "out = x @ weight.T + bias"
-        if dtype == 'float32': self._p.forward(x, values, bias, out, threads)
-        else: _in(self._p, 'forward', dtype)(x, values, bias, out, threads)
+        _in(self._p, 'forward', dtype)(x, values, bias, out, threads)
 
     def backward_input(self,
         dy:np.ndarray,     # (batch, `n_rows`)
@@ -172,8 +172,7 @@ class LinearPlan:
         dbias:np.ndarray=None # (`n_rows`,), float32 like the rest, overwritten with the sums of `dy` over the batch; None: not wanted
     ):
         "All gradients at once, which is cheaper than one after the other: `dy` is packed only once"
-        if dtype == 'float32': self._p.backward(x, dy, values, dx, dvalues, threads, dbias)
-        else: _in(self._p, 'backward', dtype)(x, dy, values, dx, dvalues, threads, *(() if dbias is None else (dbias,)))
+        _in(self._p, 'backward', dtype)(x, dy, values, dx, dvalues, threads, *(() if dbias is None else (dbias,)))
 
     def __repr__(self): return f'LinearPlan({self.n_rows}x{self.n_cols}, nnz={self.nnz})'
 
@@ -219,8 +218,7 @@ class Conv2dPlan:
         dtype:str='float32' # Of `x` and `out`; with 'bfloat16' they are uint16 or int16, and `values` and `bias` those or float32
     ):
         "out = conv2d(x, weight, bias)"
-        if dtype == 'float32': self._p.forward(x, values, bias, out, threads)
-        else: _in(self._p, 'forward', dtype)(x, values, bias, out, threads)
+        _in(self._p, 'forward', dtype)(x, values, bias, out, threads)
 
     def backward_input(self,
         dy:np.ndarray,     # (n, `out_channels`, *`out_size`)

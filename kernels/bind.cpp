@@ -44,8 +44,9 @@ void check_shape(const Array& a, const char* name, Want want) {
         throw py::value_error(std::string(name) + " has shape " + text(a.shape) + ", expected " + text(want));
 }
 
-void check_writeable(const Array& a, const char* name) {
+template <class T> T* writeable(const Array& a, const char* name, const T* data) {
     if (!a.writeable) throw py::value_error(std::string(name) + " is read-only");
+    return const_cast<T*>(data);
 }
 
 const float* input(const Array& a, const char* name, Want want) {
@@ -54,11 +55,7 @@ const float* input(const Array& a, const char* name, Want want) {
     return static_cast<const float*>(a.data);
 }
 
-float* output(const Array& a, const char* name, Want want) {
-    input(a, name, want);
-    check_writeable(a, name);
-    return static_cast<float*>(a.data);
-}
+float* output(const Array& a, const char* name, Want want) { return writeable(a, name, input(a, name, want)); }
 
 const float* input(const py::object& o, const char* name, Want want) { return input(array_of(o, name), name, want); }
 float* output(const py::object& o, const char* name, Want want) { return output(array_of(o, name), name, want); }
@@ -75,11 +72,7 @@ const bf16* bits_input(const Array& a, const char* name, Want want) {
     return static_cast<const bf16*>(a.data);
 }
 
-bf16* bits_output(const Array& a, const char* name, Want want) {
-    bits_input(a, name, want);
-    check_writeable(a, name);
-    return static_cast<bf16*>(a.data);
-}
+bf16* bits_output(const Array& a, const char* name, Want want) { return writeable(a, name, bits_input(a, name, want)); }
 
 bf16* optional_bits(const py::object& o, const char* name, Want want) { return o.is_none() ? nullptr : bits_output(array_of(o, name), name, want); }
 
@@ -202,7 +195,6 @@ Image image_of(const Array& x, const char* name) {
     return {n, x.shape[2], x.shape[3]};
 }
 
-
 void conv_forward(const Conv2dPlan& p, const Array& x, const Array& values, const py::object& bias, const Array& out, const py::object& threads) {
     const Image i = image_of(x, "x");
     const float* xp = input(x, "x", {i.n, p.shape().ic(), i.h, i.w});
@@ -260,11 +252,7 @@ const float* like(const Array& a, const char* name, const Array& x) {
     return static_cast<const float*>(a.data);
 }
 
-float* out_like(const Array& a, const char* name, const Array& x) {
-    like(a, name, x);
-    check_writeable(a, name);
-    return static_cast<float*>(a.data);
-}
+float* out_like(const Array& a, const char* name, const Array& x) { return writeable(a, name, like(a, name, x)); }
 
 void norm_forward(const Array& x, const py::object& weight, const py::object& bias, double eps, const Array& mean, const Array& var,
                   const Array& out, const py::object& threads) {
@@ -300,10 +288,10 @@ Pool pool_of(Pair kernel, Pair stride, Pair padding, i64 h, i64 w) {
     return p;
 }
 
-uint8_t* bytes_of(const Array& a, const char* name, Want want) {
+const uint8_t* bytes_of(const Array& a, const char* name, Want want) {
     check(a, name, u8);
     check_shape(a, name, want);
-    return static_cast<uint8_t*>(a.data);
+    return static_cast<const uint8_t*>(a.data);
 }
 
 void pool_forward(const Array& x, Pair kernel, Pair stride, Pair padding, const Array& out, const Array& index, const py::object& threads) {
@@ -312,8 +300,7 @@ void pool_forward(const Array& x, Pair kernel, Pair stride, Pair padding, const 
     const Pool p = pool_of(kernel, stride, padding, i.h, i.w);
     const float* xp = like(x, "x", x);
     float* op = output(out, "out", {i.n, c, p.out_h(i.h), p.out_w(i.w)});
-    uint8_t* ip = bytes_of(index, "index", {i.n, c, p.out_h(i.h), p.out_w(i.w)});
-    check_writeable(index, "index");
+    uint8_t* ip = writeable(index, "index", bytes_of(index, "index", {i.n, c, p.out_h(i.h), p.out_w(i.w)}));
     const int t = threads_of(threads);
     py::gil_scoped_release nogil;
     max_pool_forward(p, xp, i.n * c, i.h, i.w, op, ip, t);
@@ -383,8 +370,7 @@ py::tuple collect_above(const Array& g, const Array& taken, float floor, const A
     if (n > std::numeric_limits<i32>::max()) throw std::overflow_error("a block of more than 2^31-1 entries");
     check(pos, "pos", i32s);
     check_shape(pos, "pos", {n});
-    check_writeable(pos, "pos");
-    i32* pp = static_cast<i32*>(pos.data);
+    i32* pp = writeable(pos, "pos", static_cast<const i32*>(pos.data));
     float* vp = output(val, "val", {n});
     const int t = threads_of(threads);
     bool finite = true;

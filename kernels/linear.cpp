@@ -313,9 +313,13 @@ std::shared_ptr<const Panels> LinearPlan::panels(bool transposed, i64 lanes, int
     return cache_.back().panels;
 }
 
-const Csr& LinearPlan::columns() const {
+const LinearPlan::Columns& LinearPlan::columns() const {
     std::lock_guard<std::mutex> guard(lock_);
-    if (!columns_) columns_ = std::make_unique<const Csr>(transposed(w_));
+    if (!columns_) {
+        Csr wt = transposed(w_);
+        auto segs = row_segs(wt);
+        columns_.reset(new Columns{std::move(wt), std::move(segs)});
+    }
     return *columns_;
 }
 
@@ -349,10 +353,10 @@ void LinearPlan::backward(const float* x, const float* dy, i64 batch, const floa
     if (!rows()) { if (dx) std::fill(dx, dx + batch * cols(), 0.f); return; }
     if (batch == 1) {
         if (dx) {
-            const Csr& wt = columns();
+            const Columns& wt = columns();
             Scratch vt(nnz());
-            permute(isa, wt, values, vt.data(), threads);
-            multiply_one(isa, wt, row_segs(wt), dy, vt.data(), nullptr, dx, threads);
+            permute(isa, wt.csr, values, vt.data(), threads);
+            multiply_one(isa, wt.csr, wt.segs, dy, vt.data(), nullptr, dx, threads);
         }
         if (dvalues) isa.outer(x, w_.idx.data(), rows_.data(), rows(), dy, dvalues, false);
         if (dbias) std::copy(dy, dy + rows(), dbias);

@@ -30,7 +30,7 @@ struct Panels {
     i64 count(i64 c, i64 p) const { return at[c * n_panels + p + 1] - at[c * n_panels + p]; }
 private:
     struct Chunk { std::vector<Seg> segs; std::vector<i64> at; };
-    Panels(i64 rows, i64 cols, i64 chunk, i64 width);
+    Panels(i64 rows, i64 cols, i64 row0, i64 row1, i64 chunk, i64 width);
     void join(const std::vector<Chunk>& chunks);
 };
 
@@ -51,12 +51,13 @@ private:
     struct Cached { bool transposed; std::shared_ptr<const Panels> panels; };
     std::shared_ptr<const Panels> panels(bool transposed, i64 lanes, int threads) const;
     i64 tile_vectors(const Isa& isa) const;
-    const Csr& columns() const;   // for a single item, made when it is first needed
+    struct Columns { Csr csr; std::vector<Seg> segs; };
+    const Columns& columns() const;   // for a single item, made when it is first needed
     Csr w_;
     std::vector<Seg> rows_;
     mutable std::mutex lock_;
     mutable std::vector<Cached> cache_;
-    mutable std::unique_ptr<const Csr> columns_;
+    mutable std::unique_ptr<const Columns> columns_;
 };
 
 struct ConvShape {

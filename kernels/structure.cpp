@@ -44,8 +44,8 @@ static void store_in_order(const Csr& a, std::vector<Seg>& segs, std::vector<i32
     }
 }
 
-Panels::Panels(i64 rows, i64 cols, i64 chunk, i64 width)
-    : rows(rows), cols(cols), width(width), row0(0), chunk(chunk), n_chunks(ceil_div(rows, chunk)), n_panels(std::max<i64>(1, ceil_div(cols, width))) {}
+Panels::Panels(i64 rows, i64 cols, i64 row0, i64 row1, i64 chunk, i64 width)
+    : rows(rows), cols(cols), width(width), row0(row0), chunk(chunk), n_chunks(ceil_div(row1 - row0, chunk)), n_panels(std::max<i64>(1, ceil_div(cols, width))) {}
 
 void Panels::join(const std::vector<Chunk>& chunks) {
     size_t n = 0;
@@ -60,7 +60,7 @@ void Panels::join(const std::vector<Chunk>& chunks) {
 }
 
 Panels::Panels(const Csr& a, i64 row0, i64 row1, i64 chunk, i64 width, bool reorder, int threads)
-    : rows(a.rows), cols(a.cols), width(width), row0(row0), chunk(chunk), n_chunks(ceil_div(row1 - row0, chunk)), n_panels(std::max<i64>(1, ceil_div(a.cols, width))) {
+    : Panels(a.rows, a.cols, row0, row1, chunk, width) {
     std::vector<Chunk> chunks(n_chunks);
     parallel_for(n_chunks, threads, [&](i64 c, int) {
         std::vector<std::vector<Seg>> panel(n_panels);
@@ -132,7 +132,7 @@ struct ByChunk {
 
 // Two passes, each of which writes to few places at a time: transposing first would write to all columns at once.
 Panels Panels::transposed(const Csr& a, i64 chunk, i64 width, int threads) {
-    Panels t(a.cols, a.rows, chunk, width);
+    Panels t(a.cols, a.rows, 0, a.cols, chunk, width);
     const ByChunk by(a, chunk, threads);
     t.idx.resize(a.idx.size());
     t.perm.resize(a.idx.size());

@@ -164,11 +164,17 @@ void wrong_structures() {
     must_throw<std::overflow_error>("too wide", [&] { LinearPlan(p, 3, i, 3, 2, i64(1) << 40); });
 }
 
+void tasks_that_throw() {
+    for (int threads : {1, 2, 3})
+        must_throw<std::runtime_error>("task", [&] { parallel_for(40, threads, [](i64 t, int) { if (t == 7) throw std::runtime_error("seven"); }); });
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
     const int rounds = argc > 1 ? std::atoi(argv[1]) : 40, seed = argc > 2 ? std::atoi(argv[2]) : 0;
     wrong_structures();
+    tasks_that_throw();
     for (const Isa* isa : available_isas()) {
         set_isa(isa->name);
         rng.seed(unsigned(seed));
