@@ -10,6 +10,7 @@ __all__ = ['kernels_available', 'why_not', 'available_isas', 'isa', 'set_isa', '
 # %% ../nbs/00_kernels.ipynb #e15a174f
 import os
 import numpy as np
+from fastcore.basics import patch
 
 # %% ../nbs/00_kernels.ipynb #8c0fc775
 try:
@@ -175,6 +176,75 @@ class LinearPlan:
         _in(self._p, 'backward', dtype)(x, dy, values, dx, dvalues, threads, *(() if dbias is None else (dbias,)))
 
     def __repr__(self): return f'LinearPlan({self.n_rows}x{self.n_cols}, nnz={self.nnz})'
+
+# %% ../nbs/00_kernels.ipynb #11c4a002
+@patch(as_prop=True)
+def tile_vectors(self:LinearPlan)->int:
+    "Vectors in a tile. Two layers can share a packed batch if this, the number of threads and the instruction set are the same"
+    return self._p.tile_vectors
+
+@patch
+def packed_size(self:LinearPlan,
+    batch:int,   # Items
+    features:int # For each of them
+)->int: # Floats of a packed batch, some of them padding
+    "The size of a packed batch"
+    return self._p.packed_lanes(batch)*features
+
+@patch
+def pack(self:LinearPlan,
+    rows:np.ndarray,   # (batch, features)
+    packed:np.ndarray, # (`packed_size(batch, features)`,), overwritten
+    threads:int=None   # As in `forward`
+):
+    "A batch as `forward_linked` would hand it on"
+    self._p.pack(rows, packed, threads)
+
+@patch
+def unpack(self:LinearPlan,
+    packed:np.ndarray, # (`packed_size(batch, features)`,)
+    rows:np.ndarray,   # (batch, features), overwritten
+    threads:int=None   # As in `forward`
+):
+    "The reverse of `pack`"
+    self._p.unpack(packed, rows, threads)
+
+# %% ../nbs/00_kernels.ipynb #11c4a003
+@patch
+def forward_linked(self:LinearPlan,
+    x:np.ndarray,      # (batch, `n_cols`), or packed
+    values:np.ndarray, # (nnz,)
+    bias:np.ndarray,   # (`n_rows`,) or None
+    out:np.ndarray,    # (batch, `n_rows`), or packed; overwritten
+    batch:int,         # At least 2
+    x_packed:bool,     # Is `x`?
+    y_packed:bool,     # Shall `out` be?
+    relu:bool,         # Apply a ReLU to `out`?
+    threads:int=None   # As in `forward`
+):
+    """out = x @ weight.T + bias, to the bit, for a layer that has neighbours; all arrays float32.
+
+    Raises: ValueError for a batch of less than 2 or a layer without inputs or outputs, and what `forward` raises."""
+    self._p.forward_linked(x, values, bias, out, batch, x_packed, y_packed, relu, threads)
+
+@patch
+def backward_linked(self:LinearPlan,
+    x:np.ndarray,       # (batch, `n_cols`), or packed; may be None if neither `dvalues` nor gating needs it
+    dy:np.ndarray,      # (batch, `n_rows`), or packed
+    values:np.ndarray,  # (nnz,); may be None if `dx` is
+    dx:np.ndarray,      # Like `x`, overwritten, or None if not wanted
+    dvalues:np.ndarray, # (nnz,), overwritten, or None
+    dbias:np.ndarray,   # (`n_rows`,), overwritten, or None
+    out:np.ndarray,     # (batch, `n_rows`): what came out of a ReLU; only for `relu` without `y_packed`
+    batch:int,
+    x_packed:bool,
+    y_packed:bool,
+    relu:bool,          # Did a ReLU follow? If `y_packed`, `dy` has gone back through it already: `gated` by the next layer
+    gated:bool,         # Did the packed `x` come out of a ReLU? Then `dx` goes back through that
+    threads:int=None    # As in `forward`
+):
+    "The gradients of `forward_linked`"
+    self._p.backward_linked(x, dy, values, dx, dvalues, dbias, out, batch, x_packed, y_packed, relu, gated, threads)
 
 # %% ../nbs/00_kernels.ipynb #137c1f0b
 class Conv2dPlan:

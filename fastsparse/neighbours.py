@@ -12,6 +12,7 @@ from torch import nn, Tensor
 from torch.autograd import Function
 from . import kernels
 from .layers import differentiable_once, interleaved_ms, training_step, _looked_through, _why_transformed
+from .links import linking_types, may_link
 
 # %% ../nbs/05b_neighbours.ipynb #1d5da411
 class NormFunction(Function):
@@ -99,9 +100,10 @@ class KernelMaxPool2d(nn.MaxPool2d):
 
 # %% ../nbs/05b_neighbours.ipynb #4e1fa43a
 kernel_types = {nn.BatchNorm2d: KernelBatchNorm2d, nn.MaxPool2d: KernelMaxPool2d}
+_all_types = {**kernel_types, **linking_types}
 
 class Neighbours:
-    "Batch normalisation and pooling layers of a model, put on the kernels where that is faster."
+    "What stands between the sparse layers of a model: batch normalisation and pooling, put on the kernels where that is faster, and rows of layers to link."
     def __init__(self,
         model:nn.Module, # Any model
         cache=None,      # `f(key, measure)`: the best timing of `key`; `measure()` makes one. `None`: all on the kernels, not measured
@@ -123,6 +125,7 @@ class Neighbours:
     def _decide(self, m):
         "A row of the report."
         row = dict(dense_ms=None, sparse_ms=None, chosen='torch', why='no batch has reached it')
+        if type(m) in linking_types: return {**row, 'chosen': 'kernel', 'why': 'sparse layers in a row hand packed batches on'}
         if m not in self.inputs: return row
         shape,why,need_dx = self.inputs[m]
         if why: return {**row, 'why': why}
@@ -141,9 +144,9 @@ class Neighbours:
         "Swap in place."
         self.unwatch()
         for n,m in list(self.model.named_modules()):
-            if type(m) not in kernel_types: continue
-            row = self.log[n] = self._decide(m) if names is None else dict(dense_ms=None, sparse_ms=None, chosen='kernel' if n in names else 'torch', why='as before')
-            if row['chosen'] == 'kernel': m.__class__ = kernel_types[type(m)]
+            if type(m) not in _all_types or (type(m) in linking_types and not may_link(m)): continue
+            row = self.log[n] = self._decide(m) if names is None or type(m) in linking_types else dict(dense_ms=None, sparse_ms=None, chosen='kernel' if n in names else 'torch', why='as before')
+            if row['chosen'] == 'kernel': m.__class__ = _all_types[type(m)]
 
     def let_go(self):
         "Keep nothing but the report."
@@ -153,8 +156,8 @@ class Neighbours:
 def use_torch(
     model:nn.Module, # Changed in place
 ):
-    "Give PyTorch's own classes back to all batch normalisation and pooling layers."
-    back = {v: k for k,v in kernel_types.items()}
+    "Give PyTorch's and fastai's own classes back to all modules that `Neighbours` has changed."
+    back = {v: k for k,v in _all_types.items()}
     for m in model.modules(): m.__class__ = back.get(type(m), type(m))
 
 # %% ../nbs/05b_neighbours.ipynb #8225897b

@@ -141,6 +141,66 @@ void linear_backward(const LinearPlan& p, const py::object& x, const Array& dy, 
     p.backward(xp, gp, b, vp, dxp, dvp, dbp, t);
 }
 
+// The shape of a batch that may be packed.
+struct Batched {
+    i64 batch, lanes;
+    explicit Batched(i64 batch) : batch(batch), lanes(LinearPlan::packed_lanes(batch)) {}
+    const float* in(const py::object& o, const char* name, bool packed, i64 dim) const {
+        return packed ? input(o, name, {dim * lanes}) : input(o, name, {batch, dim});
+    }
+    float* out(const py::object& o, const char* name, bool packed, i64 dim) const {
+        return o.is_none() ? nullptr : packed ? output(o, name, {dim * lanes}) : output(o, name, {batch, dim});
+    }
+};
+
+void linear_pack(const LinearPlan& p, const Array& rows, const Array& packed, const py::object& threads) {
+    const i64 b = batch_of(rows, "rows", 2), dim = rows.shape[1];
+    const float* from = input(rows, "rows", {b, dim});
+    float* to = output(packed, "packed", {dim * LinearPlan::packed_lanes(b)});
+    const int t = threads_of(threads);
+    py::gil_scoped_release nogil;
+    p.pack(from, b, dim, to, t);
+}
+
+void linear_unpack(const LinearPlan& p, const Array& packed, const Array& rows, const py::object& threads) {
+    const i64 b = batch_of(rows, "rows", 2), dim = rows.shape[1];
+    const float* from = input(packed, "packed", {dim * LinearPlan::packed_lanes(b)});
+    float* to = output(rows, "rows", {b, dim});
+    const int t = threads_of(threads);
+    py::gil_scoped_release nogil;
+    p.unpack(from, b, dim, to, t);
+}
+
+void linear_forward_linked(const LinearPlan& p, const py::object& x, const Array& values, const py::object& bias, const py::object& out, i64 batch,
+                           bool x_packed, bool y_packed, bool relu, const py::object& threads) {
+    const Batched b(batch);
+    const float* xp = b.in(x, "x", x_packed, p.cols());
+    const float* vp = input(values, "values", {p.nnz()});
+    const float* bp = optional_input(bias, "bias", {p.rows()});
+    float* op = b.out(out, "out", y_packed, p.rows());
+    if (!op) throw py::type_error("out is None, expected an array or a tensor");
+    const int t = threads_of(threads);
+    py::gil_scoped_release nogil;
+    p.forward(xp, batch, vp, bp, op, t, {x_packed, y_packed, relu});
+}
+
+void linear_backward_linked(const LinearPlan& p, const py::object& x, const py::object& dy, const py::object& values, const py::object& dx,
+                            const py::object& dvalues, const py::object& dbias, const py::object& out, i64 batch, bool x_packed, bool y_packed,
+                            bool relu, bool gated, const py::object& threads) {
+    const Batched b(batch);
+    const float* gp = b.in(dy, "dy", y_packed, p.rows());
+    float* dxp = b.out(dx, "dx", x_packed, p.cols());
+    float* dvp = optional_output(dvalues, "dvalues", {p.nnz()});
+    float* dbp = optional_output(dbias, "dbias", {p.rows()});
+    const float* vp = dxp ? input(values, "values", {p.nnz()}) : nullptr;
+    const float* xp = dvp || (dxp && gated) ? b.in(x, "x", x_packed, p.cols()) : nullptr;
+    const float* op = relu && !y_packed ? b.in(out, "out", false, p.rows()) : nullptr;
+    if (gated && !x_packed) throw py::value_error("only a packed input is gated");
+    const int t = threads_of(threads);
+    py::gil_scoped_release nogil;
+    p.backward(xp, gp, batch, vp, dxp, dvp, dbp, t, {x_packed, y_packed, relu, gated}, op);
+}
+
 void linear_forward_bf16(const LinearPlan& p, const Array& x, const Array& values, const py::object& bias, const Array& out, const py::object& threads) {
     const i64 b = batch_of(x, "x", 2);
     const bf16* xp = bits_input(x, "x", {b, p.cols()});
@@ -471,6 +531,14 @@ PYBIND11_MODULE(_kernels, m) {
         .def_property_readonly("nnz", &LinearPlan::nnz)
         .def("forward", &linear_forward, "x"_a, "values"_a, "bias"_a.none(true), "out"_a, "threads"_a = py::none())
         .def("backward", &linear_backward, "x"_a, "dy"_a, "values"_a, "dx"_a, "dvalues"_a, "threads"_a = py::none(), "dbias"_a = py::none())
+        .def_property_readonly("tile_vectors", [](const LinearPlan& p) { return p.tile_vectors(current_isa()); })
+        .def_static("packed_lanes", &LinearPlan::packed_lanes, "batch"_a)
+        .def("pack", &linear_pack, "rows"_a, "packed"_a, "threads"_a = py::none())
+        .def("unpack", &linear_unpack, "packed"_a, "rows"_a, "threads"_a = py::none())
+        .def("forward_linked", &linear_forward_linked, "x"_a, "values"_a, "bias"_a.none(true), "out"_a, "batch"_a, "x_packed"_a, "y_packed"_a, "relu"_a,
+             "threads"_a = py::none())
+        .def("backward_linked", &linear_backward_linked, "x"_a, "dy"_a, "values"_a, "dx"_a, "dvalues"_a, "dbias"_a, "out"_a, "batch"_a, "x_packed"_a,
+             "y_packed"_a, "relu"_a, "gated"_a, "threads"_a = py::none())
         .def("forward_bf16", &linear_forward_bf16, "x"_a, "values"_a, "bias"_a.none(true), "out"_a, "threads"_a = py::none())
         .def("backward_bf16", &linear_backward_bf16, "x"_a, "dy"_a, "values"_a, "dx"_a, "dvalues"_a, "threads"_a = py::none());
     py::class_<Conv2dPlan>(m, "Conv2dPlan")

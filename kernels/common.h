@@ -60,6 +60,8 @@ struct Isa {
     const Kernel* kernels; int n_kernels;
     // dst[c*dst_pitch + r] = src[r*src_pitch + c], rows padded with zeros up to a whole vector; off, if given, replaces c*dst_pitch
     void (*pack)(const float* src, i64 src_pitch, i64 rows, i64 cols, float* dst, i64 dst_pitch, const i32* off);
+    // The same where by[r*src_pitch + c] > 0 or NaN, zero elsewhere
+    void (*pack_gated)(const float* src, const float* by, i64 src_pitch, i64 rows, i64 cols, float* dst, i64 dst_pitch);
     // dst[c*dst_pitch + r] = src[r*src_pitch + c], cols read up to a whole vector, nothing written beyond rows and cols
     void (*unpack)(const float* src, i64 src_pitch, i64 rows, i64 cols, float* dst, i64 dst_pitch);
     // y[row] = bias[row] + sum_k val[k]*x[idx[k]]: one item, vectorised along the nonzeros
@@ -72,6 +74,8 @@ struct Isa {
     void (*row_sums)(const float* src, i64 rows, i64 cols, i64 parts, i64 apart, float* dst, bool add);
     // dst[i] += src[i]
     void (*accumulate)(const float* src, i64 n, float* dst);
+    // dst[i] = 0 unless by[i] > 0 or NaN: a ReLU if the two are the same
+    void (*gate)(const float* by, i64 n, float* dst);
     // dst[r, left + c] = src[r, c], zeros around it: rows of dst_pitch floats
     void (*pad)(const float* src, i64 src_pitch, i64 rows, i64 cols, float* dst, i64 dst_pitch, i64 left);
     // dst[r, c] = src[r, c]

@@ -29,6 +29,7 @@ struct V {
     static V add(V a, V b) { return {_mm256_add_ps(a.v, b.v)}; }
     static V mul(V a, V b) { return {_mm256_mul_ps(a.v, b.v)}; }
     static V fma(V a, V b, V c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+    static V gate(V by, V a) { return {_mm256_and_ps(_mm256_cmp_ps(by.v, _mm256_setzero_ps(), _CMP_NLE_UQ), a.v)}; }
     static void stream(float* p, V a) { _mm256_stream_ps(p, a.v); }
     static V even(V a, V b) {
         const __m256d s = _mm256_castps_pd(_mm256_shuffle_ps(a.v, b.v, 0x88));

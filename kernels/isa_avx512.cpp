@@ -35,6 +35,7 @@ struct V {
     static V add(V a, V b) { return {_mm512_add_ps(a.v, b.v)}; }
     static V mul(V a, V b) { return {_mm512_mul_ps(a.v, b.v)}; }
     static V fma(V a, V b, V c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+    static V gate(V by, V a) { return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(by.v, _mm512_setzero_ps(), _CMP_NLE_UQ), a.v)}; }
     static void stream(float* p, V a) { _mm512_stream_ps(p, a.v); }
     static V even(V a, V b) {
         const __m512i i = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);

@@ -32,6 +32,7 @@ struct V {
     static V add(V a, V b) { return {vaddq_f32(a.v, b.v)}; }
     static V mul(V a, V b) { return {vmulq_f32(a.v, b.v)}; }
     static V fma(V a, V b, V c) { return {vfmaq_f32(c.v, a.v, b.v)}; }
+    static V gate(V by, V a) { return {vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(a.v), vcleq_f32(by.v, vdupq_n_f32(0.f))))}; }
     static void stream(float* p, V a) { vst1q_f32(p, a.v); }
     static V even(V a, V b) { return {vuzp1q_f32(a.v, b.v)}; }
     // best and won become v and place in the lanes where v is larger, or NaN.

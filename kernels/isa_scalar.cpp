@@ -23,6 +23,7 @@ struct V {
     static V add(V a, V b) { for (int i = 0; i < 4; ++i) a.f[i] += b.f[i]; return a; }
     static V mul(V a, V b) { for (int i = 0; i < 4; ++i) a.f[i] *= b.f[i]; return a; }
     static V fma(V a, V b, V c) { for (int i = 0; i < 4; ++i) c.f[i] += a.f[i] * b.f[i]; return c; }
+    static V gate(V by, V a) { for (int i = 0; i < 4; ++i) if (by.f[i] <= 0) a.f[i] = 0; return a; }
     static void stream(float* p, V a) { store(p, a); }
     static V even(V a, V b) { return {{a.f[0], a.f[2], b.f[0], b.f[2]}}; }
     // best and won become v and place in the lanes where v is larger, or NaN.

@@ -22,6 +22,11 @@ struct Batch {
 // Whether equal tasks keep the threads busy but for a ninth of the time.
 bool shared_evenly(i64 tasks, int threads) { return threads == 1 || ceil_div(tasks, threads) * threads * 8 <= tasks * 9; }
 
+// A batch that comes in: rows, or packed already. Rows count as zero where `by` is not positive.
+struct Source { const float* data; i64 dim; bool packed = false; const float* by = nullptr; };
+// A batch that goes out: as rows or packed, with a ReLU or zero where `by`, which lies as the result does, is not positive.
+struct Target { float* data; i64 dim; bool packed = false, relu = false; const float* by = nullptr; };
+
 // One tile of one product, or a part of its lanes: what both the serial and the threaded order are made of.
 struct Work {
     const Isa& isa; const Batch& b; i64 t, lanes, item, used;
@@ -29,12 +34,28 @@ struct Work {
     Work(const Isa& isa, const Batch& b, i64 t, i64 p = 0, i64 parts = 1)
         : isa(isa), b(b), t(t), lanes(b.lanes(t) / parts), item(b.start(t) + p * lanes), used(std::min(lanes, b.items - item)), half(parts > 1) {}
 
-    // src[item, c0..c1] -> dst[column - c0, lane]
-    void pack(const float* src, i64 dim, i64 c0, i64 c1, float* dst) const {
-        isa.pack(src + item * dim + c0, dim, used, c1 - c0, dst, lanes, nullptr);
+    // s[item, c0..c1] -> dst[column - c0, lane]
+    void pack(const Source& s, i64 c0, i64 c1, float* dst) const {
+        const float* from = s.data + item * s.dim + c0;
+        if (s.by) isa.pack_gated(from, s.by + item * s.dim + c0, s.dim, used, c1 - c0, dst, lanes);
+        else isa.pack(from, s.dim, used, c1 - c0, dst, lanes, nullptr);
     }
-    void unpack(const float* src, i64 dim, i64 c0, i64 c1, float* dst) const {
-        isa.unpack(src, lanes, c1 - c0, used, dst + item * dim + c0, dim);
+    // Where column 0 of the packed s is, or would be if not only c0..c1 were packed.
+    const float* packed(const Source& s, i64 c0, i64 c1, float* scratch) const {
+        if (s.packed) return s.data + item * s.dim;
+        pack(s, c0, c1, scratch);
+        return scratch - c0 * lanes;
+    }
+    // Where row 0 of a result is, or would be if `scratch`, for rows from r0 on, held all.
+    float* place(const Target& to, i64 r0, float* scratch) const { return to.packed ? to.data + item * to.dim : scratch - r0 * lanes; }
+    // Rows r0..r1 are complete.
+    void finish(const Target& to, float* y, i64 r0, i64 r1) const {
+        y += r0 * lanes;
+        const i64 n = (r1 - r0) * lanes;
+        if (to.relu || to.by) isa.gate(to.relu ? y : to.by + item * to.dim + r0 * lanes, n, y);
+        if (!to.packed) isa.unpack(y, lanes, r1 - r0, used, to.data + item * to.dim + r0, to.dim);
+        else if (used < lanes)
+            for (float* end = y + n; y != end; y += lanes) std::fill(y + used, y + lanes, 0.f);
     }
     // y[row, lane] (+)= chunk c, panel p, of a or its transpose, times x[column, lane]
     void multiply(const Csr& a, const Panels& ps, i64 c, i64 p, const float* values, const float* bias, const float* x, float* y) const {
@@ -50,8 +71,10 @@ struct Work {
 };
 
 struct Backward {
-    const float *x, *dy, *values;
-    float *dx, *dvalues, *dbias;   // null where not wanted
+    Source x, dy;
+    const float* values;
+    Target dx;
+    float *dvalues, *dbias;        // null where not wanted, as dx.data may be
     bool add;                      // to what earlier tiles left in dvalues and dbias
 };
 
@@ -74,29 +97,31 @@ struct Tiles {
         for (i64 i = lo / width; i * width < hi; ++i) f(i);
     }
 
-    void forward(i64 t, const float* x, const float* values, const float* bias, float* out, float* xp, float* y) const {
+    void forward(i64 t, const Source& x, const float* values, const float* bias, const Target& out, float* xp, float* y) const {
         const Work w(isa, b, t);
         if (tall()) forward_rows(w, x, values, bias, out, xp, y);
         else forward_cols(w, x, values, bias, out, xp, y);
     }
 
-    void forward_rows(const Work& w, const float* x, const float* values, const float* bias, float* out, float* xp, float* y) const {
-        w.pack(x, a.cols, 0, a.cols, xp);
+    void forward_rows(const Work& w, const Source& x, const float* values, const float* bias, const Target& out, float* xp, float* scratch) const {
+        const float* in = w.packed(x, 0, a.cols, xp);
         for (i64 c = 0; c < ps.n_chunks; ++c) {
             const i64 r0 = c * ps.chunk, r1 = std::min(a.rows, r0 + ps.chunk);
-            for (i64 p = 0; p < ps.n_panels; ++p) w.multiply(a, ps, c, p, values, bias, xp, y - r0 * w.lanes);
-            w.unpack(y, a.rows, r0, r1, out);
+            float* y = w.place(out, r0, scratch);
+            for (i64 p = 0; p < ps.n_panels; ++p) w.multiply(a, ps, c, p, values, bias, in, y);
+            w.finish(out, y, r0, r1);
         }
     }
 
-    void forward_cols(const Work& w, const float* x, const float* values, const float* bias, float* out, float* xp, float* y) const {
+    void forward_cols(const Work& w, const Source& x, const float* values, const float* bias, const Target& out, float* xp, float* scratch) const {
+        float* y = w.place(out, 0, scratch);
         each_block(a.cols, [&](i64 c0, i64 c1) {
-            w.pack(x, a.cols, c0, c1, xp);
+            const float* in = w.packed(x, c0, c1, xp);
             each(c0, c1, ps.width, [&](i64 p) {
-                for (i64 c = 0; c < ps.n_chunks; ++c) w.multiply(a, ps, c, p, values, bias, xp - c0 * w.lanes, y);
+                for (i64 c = 0; c < ps.n_chunks; ++c) w.multiply(a, ps, c, p, values, bias, in, y);
             });
         });
-        w.unpack(y, a.rows, 0, a.rows, out);
+        w.finish(out, y, 0, a.rows);
     }
 
     void backward(i64 t, const Backward& k, float* xp, float* dxp, float* g) const {
@@ -105,42 +130,44 @@ struct Tiles {
         else backward_cols(w, k, xp, dxp, g);
     }
 
-    void pack_dy(const Work& w, const Backward& k, i64 r0, i64 r1, float* g) const {
-        w.pack(k.dy, a.rows, r0, r1, g);
-        if (k.dbias) isa.row_sums(g, r1 - r0, w.lanes, 1, 0, k.dbias + r0, k.add);
+    const float* packed_dy(const Work& w, const Backward& k, i64 r0, i64 r1, float* scratch) const {
+        const float* dy = w.packed(k.dy, r0, r1, scratch);
+        if (k.dbias) isa.row_sums(dy + r0 * w.lanes, r1 - r0, w.lanes, 1, 0, k.dbias + r0, k.add);
+        return dy;
     }
 
     void backward_rows(const Work& w, const Backward& k, float* xp, float* dxp, float* g) const {
-        if (k.dvalues) w.pack(k.x, a.cols, 0, a.cols, xp);
+        const float* x = k.dvalues ? w.packed(k.x, 0, a.cols, xp) : nullptr;
+        float* dx = k.dx.data ? w.place(k.dx, 0, dxp) : nullptr;
         each_block(a.rows, [&](i64 r0, i64 r1) {
-            pack_dy(w, k, r0, r1, g);
-            const float* origin = g - r0 * w.lanes;
+            const float* dy = packed_dy(w, k, r0, r1, g);
             if (k.dvalues)
                 each(r0, r1, ps.chunk, [&](i64 c) {
-                    for (i64 p = 0; p < ps.n_panels; ++p) w.sample(a, ps, c, p, xp, origin, k.dvalues, k.add);
+                    for (i64 p = 0; p < ps.n_panels; ++p) w.sample(a, ps, c, p, x, dy, k.dvalues, k.add);
                 });
-            if (k.dx)
+            if (dx)
                 each(r0, r1, pt.width, [&](i64 p) {
-                    for (i64 c = 0; c < pt.n_chunks; ++c) w.multiply(a, pt, c, p, k.values, nullptr, origin, dxp);
+                    for (i64 c = 0; c < pt.n_chunks; ++c) w.multiply(a, pt, c, p, k.values, nullptr, dy, dx);
                 });
         });
-        if (k.dx) w.unpack(dxp, a.cols, 0, a.cols, k.dx);
+        if (dx) w.finish(k.dx, dx, 0, a.cols);
     }
 
     void backward_cols(const Work& w, const Backward& k, float* xp, float* dxp, float* g) const {
-        pack_dy(w, k, 0, a.rows, g);
+        const float* dy = packed_dy(w, k, 0, a.rows, g);
         each_block(a.cols, [&](i64 c0, i64 c1) {
             if (k.dvalues) {
-                w.pack(k.x, a.cols, c0, c1, xp);
+                const float* x = w.packed(k.x, c0, c1, xp);
                 each(c0, c1, ps.width, [&](i64 p) {
-                    for (i64 c = 0; c < ps.n_chunks; ++c) w.sample(a, ps, c, p, xp - c0 * w.lanes, g, k.dvalues, k.add);
+                    for (i64 c = 0; c < ps.n_chunks; ++c) w.sample(a, ps, c, p, x, dy, k.dvalues, k.add);
                 });
             }
-            if (!k.dx) return;
+            if (!k.dx.data) return;
             each(c0, c1, pt.chunk, [&](i64 c) {
                 const i64 d0 = c * pt.chunk, d1 = std::min(c1, d0 + pt.chunk);
-                for (i64 p = 0; p < pt.n_panels; ++p) w.multiply(a, pt, c, p, k.values, nullptr, g, dxp - d0 * w.lanes);
-                w.unpack(dxp, a.cols, d0, d1, k.dx);
+                float* dx = w.place(k.dx, d0, dxp);
+                for (i64 p = 0; p < pt.n_panels; ++p) w.multiply(a, pt, c, p, k.values, nullptr, dy, dx);
+                w.finish(k.dx, dx, d0, d1);
             });
         });
     }
@@ -154,7 +181,7 @@ struct ByTile {
     int slots() const { return int(std::min<i64>(threads, s.b.tiles)); }
     bool even() const { return shared_evenly(s.b.tiles, threads); }
 
-    void forward(const float* x, const float* values, const float* bias, float* out) const {
+    void forward(const Source& x, const float* values, const float* bias, const Target& out) const {
         const i64 nx = s.x_floats(), ny = s.y_floats();
         Scratch xp(nx * slots()), y(ny * slots());
         parallel_for(s.b.tiles, threads, [&](i64 t, int k) { s.forward(t, x, values, bias, out, xp.data() + k * nx, y.data() + k * ny); });
@@ -171,7 +198,7 @@ struct ByTile {
         const i64 nx = s.x_floats(), ny = s.y_floats();
         const bool apart = (all.dvalues || all.dbias) && threads > 1;
         const i64 n = apart ? group() : s.b.tiles;
-        Scratch xp(all.dvalues ? nx * slots() : 0), dxp(all.dx ? nx * slots() : 0), g(ny * slots()), shares(apart ? n * share() : 0);
+        Scratch xp(all.dvalues ? nx * slots() : 0), dxp(all.dx.data ? nx * slots() : 0), g(ny * slots()), shares(apart ? n * share() : 0);
         for (i64 t0 = 0; t0 < s.b.tiles; t0 += n) {
             const i64 count = std::min(n, s.b.tiles - t0);
             parallel_for(count, threads, [&](i64 i, int slot) {
@@ -210,44 +237,51 @@ struct Shared {
         return shared_evenly(2 * b.tiles, threads) ? 2 : 1;
     }
 
-    void pack(const float* src, i64 dim, float* dst) const {
-        const i64 pieces = ceil_div(dim, row_chunk);
+    void pack(const Source& src, float* dst) const {
+        const i64 pieces = ceil_div(src.dim, row_chunk);
         parallel_for(b.tiles * pieces, threads, [&](i64 task, int) {
             const Work w(isa, b, task / pieces);
             const i64 c0 = task % pieces * row_chunk;
-            w.pack(src, dim, c0, std::min(dim, c0 + row_chunk), dst + w.item * dim + c0 * w.lanes);
+            w.pack(src, c0, std::min(src.dim, c0 + row_chunk), dst + w.item * src.dim + c0 * w.lanes);
         });
     }
 
-    void chunk(const Work& w, const Csr& a, const Panels& ps, i64 c, const float* values, const float* bias, const float* packed, float* y, float* out) const {
+    void chunk(const Work& w, const Csr& a, const Panels& ps, i64 c, const float* values, const float* bias, const float* in, float* scratch, const Target& out) const {
         const i64 r0 = c * ps.chunk, r1 = std::min(ps.rows, r0 + ps.chunk);
-        for (i64 p = 0; p < ps.n_panels; ++p) w.multiply(a, ps, c, p, values, bias, packed + w.item * ps.cols, y - r0 * w.lanes);
-        w.unpack(y, ps.rows, r0, r1, out);
+        float* y = w.place(out, r0, scratch);
+        for (i64 p = 0; p < ps.n_panels; ++p) w.multiply(a, ps, c, p, values, bias, in + w.item * ps.cols, y);
+        w.finish(out, y, r0, r1);
     }
 
-    // Packs src, and `also` if there is one, and multiplies src if a result is wanted.
-    struct Also { const float* src; i64 dim; float* dst; };
-    void product(const Csr& a, const Panels& ps, const float* values, const float* bias, const float* src, float* packed, float* out, Also also) const {
+    // A source and memory for its packed form, unused if it comes packed; empty if there is no source.
+    struct Packing {
+        Source src; Scratch space;
+        Packing(const Source& src, const Batch& b) : src(src), space(needed() ? b.floats(src.dim) : 0) {}
+        bool needed() const { return src.data && !src.packed; }
+        const float* data() const { return needed() ? space.data() : src.data; }
+    };
+
+    // Packs both sources and multiplies the second one if a result is wanted.
+    void product(const Csr& a, const Panels& ps, const float* values, const float* bias, const Packing& also, const Packing& in, const Target& out) const {
         const i64 scratch = ps.chunk * b.most();
         Scratch space(scratch * threads);
         if (parts > 1)
             return parallel_for(b.tiles * parts, threads, [&](i64 task, int slot) {
                 const Work w(isa, b, task / parts, task % parts, parts);
-                if (also.src) w.pack(also.src, also.dim, 0, also.dim, also.dst + w.item * also.dim);
-                w.pack(src, ps.cols, 0, ps.cols, packed + w.item * ps.cols);
-                if (out) for (i64 c = 0; c < ps.n_chunks; ++c) chunk(w, a, ps, c, values, bias, packed, space.data() + slot * scratch, out);
+                for (const Packing* p : {&also, &in})
+                    if (p->needed()) w.pack(p->src, 0, p->src.dim, p->space.data() + w.item * p->src.dim);
+                if (out.data) for (i64 c = 0; c < ps.n_chunks; ++c) chunk(w, a, ps, c, values, bias, in.data(), space.data() + slot * scratch, out);
             });
-        if (also.src) pack(also.src, also.dim, also.dst);
-        pack(src, ps.cols, packed);
-        if (out)
+        for (const Packing* p : {&also, &in})
+            if (p->needed()) pack(p->src, p->space.data());
+        if (out.data)
             parallel_for(b.tiles * ps.n_chunks, threads, [&](i64 task, int slot) {
-                chunk(Work(isa, b, task / ps.n_chunks), a, ps, task % ps.n_chunks, values, bias, packed, space.data() + slot * scratch, out);
+                chunk(Work(isa, b, task / ps.n_chunks), a, ps, task % ps.n_chunks, values, bias, in.data(), space.data() + slot * scratch, out);
             });
     }
 
-    void forward(const Csr& a, const Panels& ps, const float* x, const float* values, const float* bias, float* out) const {
-        Scratch xp(b.floats(a.cols));
-        product(a, ps, values, bias, x, xp.data(), out, {});
+    void forward(const Csr& a, const Panels& ps, const Source& x, const float* values, const float* bias, const Target& out) const {
+        product(a, ps, values, bias, Packing({nullptr, 0}, b), Packing(x, b), out);
     }
 
     void sample(const Csr& a, const Panels& ps, const float* x, const float* dy, float* dvalues) const {
@@ -269,12 +303,22 @@ struct Shared {
     }
 
     void backward(const Csr& a, const Panels& ps, const Panels& pt, const Backward& k) const {
-        Scratch g(b.floats(a.rows)), xp(k.dvalues ? b.floats(a.cols) : 0);
-        product(a, pt, k.values, nullptr, k.dy, g.data(), k.dx, {k.dvalues ? k.x : nullptr, a.cols, xp.data()});
-        if (k.dbias) bias(a.rows, g.data(), k.dbias);
-        if (k.dvalues) sample(a, ps, xp.data(), g.data(), k.dvalues);
+        const Packing x(k.dvalues ? k.x : Source{nullptr, 0}, b), dy(k.dy, b);
+        product(a, pt, k.values, nullptr, x, dy, k.dx);
+        if (k.dbias) bias(a.rows, dy.data(), k.dbias);
+        if (k.dvalues) sample(a, ps, x.data(), dy.data(), k.dvalues);
     }
 };
+
+// f(one tile or half tile, where it starts in a packed batch)
+template <class F> void each_work(const Isa& isa, i64 batch, i64 dim, i64 vectors, int threads, F&& f) {
+    const Batch b(batch, isa.width, vectors);
+    const i64 parts = shared_evenly(b.tiles, threads) ? 1 : Shared::parts_of(b, threads);
+    parallel_for(b.tiles * parts, threads, [&](i64 task, int) {
+        const Work w(isa, b, task / parts, task % parts, parts);
+        f(w, w.item * dim);
+    });
+}
 
 void permute(const Isa& isa, const Csr& a, const float* values, float* dst, int threads) {
     constexpr i64 part = 1 << 16;
@@ -330,7 +374,24 @@ i64 LinearPlan::tile_vectors(const Isa& isa) const {
     return isa.width == 16 && double(nnz()) < few * double(rows()) * double(cols()) ? 4 : 8;
 }
 
-void LinearPlan::forward(const float* x, i64 batch, const float* values, const float* bias, float* out, int threads) const {
+static void check(const Link& link, i64 batch, i64 rows, i64 cols) {
+    if (link.any() && (batch < 2 || !rows || !cols)) throw std::invalid_argument("only layers and batches of some size can be linked");
+}
+
+void LinearPlan::pack(const float* rows, i64 batch, i64 dim, float* packed, int threads) const {
+    const Isa& isa = current_isa();
+    each_work(isa, batch, dim, tile_vectors(isa), threads, [&](const Work& w, i64 start) { w.pack({rows, dim}, 0, dim, packed + start); });
+}
+
+void LinearPlan::unpack(const float* packed, i64 batch, i64 dim, float* rows, int threads) const {
+    const Isa& isa = current_isa();
+    each_work(isa, batch, dim, tile_vectors(isa), threads, [&](const Work& w, i64 start) {
+        isa.unpack(packed + start, w.lanes, dim, w.used, rows + start, dim);
+    });
+}
+
+void LinearPlan::forward(const float* x, i64 batch, const float* values, const float* bias, float* out, int threads, Link link) const {
+    check(link, batch, rows(), cols());
     const Isa& isa = current_isa();
     if (!batch || !rows()) return;
     if (batch == 1) { multiply_one(isa, w_, rows_, x, values, bias, out, threads); return; }
@@ -338,12 +399,15 @@ void LinearPlan::forward(const float* x, i64 batch, const float* values, const f
     const auto ps = panels(false, b.most(), threads);
     const Tiles tiles{isa, b, w_, *ps, *ps};
     const ByTile by{tiles, threads};
-    if (by.even()) by.forward(x, values, bias, out);
-    else Shared(isa, b, threads).forward(w_, *ps, x, values, bias, out);
+    const Source from{x, cols(), link.x_packed};
+    const Target to{out, rows(), link.y_packed, link.relu};
+    if (by.even()) by.forward(from, values, bias, to);
+    else Shared(isa, b, threads).forward(w_, *ps, from, values, bias, to);
 }
 
 void LinearPlan::backward(const float* x, const float* dy, i64 batch, const float* values, float* dx, float* dvalues, float* dbias,
-                          int threads) const {
+                          int threads, Link link, const float* out) const {
+    check(link, batch, rows(), cols());
     const Isa& isa = current_isa();
     if (!batch) {
         if (dvalues) std::fill(dvalues, dvalues + nnz(), 0.f);
@@ -366,7 +430,8 @@ void LinearPlan::backward(const float* x, const float* dy, i64 batch, const floa
     const auto ps = panels(false, b.most(), threads), pt = panels(true, b.most(), threads);
     const Tiles tiles{isa, b, w_, *ps, *pt};
     const ByTile by{tiles, threads};
-    const Backward k{x, dy, values, dx, dvalues, dbias, false};
+    const Backward k{{x, cols(), link.x_packed}, {dy, rows(), link.y_packed, link.relu && !link.y_packed ? out : nullptr}, values,
+                     {dx, cols(), link.x_packed, false, link.gated ? x : nullptr}, dvalues, dbias, false};
     if (by.even()) by.backward(k);
     else Shared(isa, b, threads).backward(w_, *ps, *pt, k);
 }

@@ -177,15 +177,15 @@ static inline void load_block(const float* s, i64 pitch, i64 nr, i64 nc, V* t) {
     V::transpose(t);
 }
 
-static void pack(const float* src, i64 src_pitch, i64 rows, i64 cols, float* dst, i64 dst_pitch, const i32* off) {
+// load(row, col, rows, cols, t) brings a block, transposed.
+template <class Load> static inline void pack_blocks(i64 rows, i64 cols, float* dst, i64 dst_pitch, const i32* off, Load&& load) {
     constexpr int W = V::W;
     V t[W];
     for (i64 r = 0; r < rows; r += W) {
         const i64 nr = rows - r < W ? rows - r : W;
         for (i64 c = 0; c < cols; c += W) {
             const i64 nc = cols - c < W ? cols - c : W;
-            const float* s = src + r * src_pitch + c;
-            load_block(s, src_pitch, nr, nc, t);
+            load(r, c, nr, nc, t);
             if (off)
                 for (i64 j = 0; j < nc; ++j) V::store(dst + off[c + j] + r, t[j]);
             else if (nc == W)
@@ -195,6 +195,20 @@ static void pack(const float* src, i64 src_pitch, i64 rows, i64 cols, float* dst
                 for (i64 j = 0; j < nc; ++j) V::store(dst + (c + j) * dst_pitch + r, t[j]);
         }
     }
+}
+
+static void pack(const float* src, i64 src_pitch, i64 rows, i64 cols, float* dst, i64 dst_pitch, const i32* off) {
+    pack_blocks(rows, cols, dst, dst_pitch, off, [&](i64 r, i64 c, i64 nr, i64 nc, V* t) { load_block(src + r * src_pitch + c, src_pitch, nr, nc, t); });
+}
+
+static void pack_gated(const float* src, const float* by, i64 src_pitch, i64 rows, i64 cols, float* dst, i64 dst_pitch) {
+    pack_blocks(rows, cols, dst, dst_pitch, nullptr, [&](i64 r, i64 c, i64 nr, i64 nc, V* t) {
+        for (int i = 0; i < V::W; ++i) {
+            const i64 at = (r + i) * src_pitch + c;
+            t[i] = i >= nr ? V::zero() : nc == V::W ? V::gate(V::load(by + at), V::load(src + at)) : V::gate(V::load_first(by + at, nc), V::load_first(src + at, nc));
+        }
+        V::transpose(t);
+    });
 }
 
 static void unpack(const float* src, i64 src_pitch, i64 rows, i64 cols, float* dst, i64 dst_pitch) {
@@ -387,6 +401,10 @@ template <class F> static inline void each_vector(i64 n, F&& f) {
     if (rest) f(i, [&](const float* p) { return V::load_first(p + i, rest); }, [&](float* p, V v) { V::store_first(p + i, v, rest); });
 }
 
+static void gate(const float* by, i64 n, float* dst) {
+    each_vector(n, [&](i64, auto load, auto store) { store(dst, V::gate(load(by), load(dst))); });
+}
+
 static void moments(const float* x, i64 n, const float* shift, float* s1, float* s2) {
     each_vector(n, [&](i64, auto load, auto store) {
         const V d = V::add(load(x), load(shift));
@@ -454,6 +472,6 @@ static constexpr Kernel table[] = {
 };
 
 static constexpr Isa isa = {FS_NAME, V::W, V::max_spmm, V::max_sddmm, table, sizeof(table) / sizeof(table[0]),
-                        &pack, &unpack, &spmv, &outer, &gather, &row_sums, &accumulate, &pad, &crop, &pad_every, &spread, &zip, &stream, FS_MASKED,
+                        &pack, &pack_gated, &unpack, &spmv, &outer, &gather, &row_sums, &accumulate, &gate, &pad, &crop, &pad_every, &spread, &zip, &stream, FS_MASKED,
                         &moments, &normalise, &grad_moments, &norm_grad, &pool_row, &widen, &narrow};
 #undef FS_MASKED

@@ -38,19 +38,34 @@ Csr checked_csr(const i64* indptr, i64 n_indptr, const i32* idx, i64 nnz, i64 ro
 Csr transposed(const Csr& a);    // perm: where its entries are in a
 std::vector<Seg> row_segs(const Csr& a);
 
+// How a layer takes from and hands on to layers beside it. Packed is how the kernels keep a batch of two or more: as the next
+// layer reads it, for the same instruction set, number of threads and `LinearPlan::tile_vectors`.
+struct Link {
+    bool x_packed = false;   // the input and its gradient
+    bool y_packed = false;   // the output and its gradient
+    bool relu = false;       // of the output. The gradient of a packed one has passed the ReLU when it comes, by `gated` there
+    bool gated = false;      // the input is a ReLU's output: its gradient is zero where that is
+    bool any() const { return x_packed || y_packed || relu || gated; }
+};
+
 class LinearPlan {
 public:
     LinearPlan(const i64* indptr, i64 n_indptr, const i32* idx, i64 nnz, i64 rows, i64 cols);
     i64 rows() const { return w_.rows; }
     i64 cols() const { return w_.cols; }
     i64 nnz() const { return w_.nnz(); }
-    void forward(const float* x, i64 batch, const float* values, const float* bias, float* out, int threads) const;
-    // Any gradient may be null; computed together they share one packed copy of dy.
-    void backward(const float* x, const float* dy, i64 batch, const float* values, float* dx, float* dvalues, float* dbias, int threads) const;
+    void forward(const float* x, i64 batch, const float* values, const float* bias, float* out, int threads, Link link = {}) const;
+    // Any gradient may be null; computed together they share one packed copy of dy. `out`, for a ReLU whose output is not packed, is that.
+    void backward(const float* x, const float* dy, i64 batch, const float* values, float* dx, float* dvalues, float* dbias, int threads,
+                  Link link = {}, const float* out = nullptr) const;
+    // Between rows of `dim` and the packed form in which this layer would read or write them.
+    void pack(const float* rows, i64 batch, i64 dim, float* packed, int threads) const;
+    void unpack(const float* packed, i64 batch, i64 dim, float* rows, int threads) const;
+    i64 tile_vectors(const Isa& isa) const;
+    static i64 packed_lanes(i64 batch) { return round_up(batch, current_isa().width); }  // floats for each feature
 private:
     struct Cached { bool transposed; std::shared_ptr<const Panels> panels; };
     std::shared_ptr<const Panels> panels(bool transposed, i64 lanes, int threads) const;
-    i64 tile_vectors(const Isa& isa) const;
     struct Columns { Csr csr; std::vector<Seg> segs; };
     const Columns& columns() const;   // for a single item, made when it is first needed
     Csr w_;

@@ -287,8 +287,7 @@ def test_a_kernel_that_fails_falls_back_to_dense_with_one_warning(monkeypatch):
     def broken(*a, **k): raise RuntimeError('illegal instruction')
     x = torch.randn(5, 6, requires_grad=True)
     want = expect.model(x)
-    monkeypatch.setattr(kernels.LinearPlan, 'forward', broken)
-    monkeypatch.setattr(kernels.LinearPlan, 'backward', broken)
+    for name in 'forward','backward','forward_linked','backward_linked': monkeypatch.setattr(kernels.LinearPlan, name, broken)
     with pytest.warns(UserWarning, match='illegal instruction') as w:
         got = learn.model(x)
         got.sum().backward()

@@ -1,0 +1,266 @@
+"Sparse layers in a row hand packed batches on: the same bits, and nobody notices."
+import numpy as np, pytest, torch, torch.nn.functional as F
+from copy import deepcopy
+from functools import partial
+from hypothesis import given, settings, strategies as st
+from torch import nn
+from fastai.basics import Adam, Callback, Learner, SGD, TensorBase
+from fastai.layers import LinBnDrop
+from fastsparse import (DynamicSparseTrainingCallback, RigL_presets, SET_presets, SparseKernelsCallback, SparseLinear, kernels, sparse_kernels_report,
+                        sparsify_model)
+from fastsparse.layers import compress
+from fastsparse.links import KernelSequential, LinkedFunction, linking_types, may_link
+from fastsparse.neighbours import use_torch
+from conftest import quiet, toy_dls
+
+pytestmark = pytest.mark.skipif(not kernels.kernels_available(), reason=kernels.why_not())
+
+@pytest.fixture
+def linked_calls(monkeypatch):
+    "What `LinkedFunction` was called for: (x packed, y packed, ReLU)."
+    calls,apply = [],LinkedFunction.apply
+    monkeypatch.setattr(LinkedFunction, 'apply', lambda *a: (calls.append((a[-1].x_packed, a[-1].y_packed, a[-1].relu)), apply(*a))[1])
+    return calls
+
+def row(sizes, sparsities, acts, bias=True):
+    layers = [nn.Linear(a, b, bias=bias) for a,b in zip(sizes, sizes[1:])]
+    for l,s in zip(layers, sparsities): compress(l, mask=torch.rand_like(l.weight) >= s)
+    return nn.Sequential(*[m for l,a in zip(layers, acts) for m in (l, a)])
+
+def results(m, x, dy):
+    x = x.clone().requires_grad_()
+    y = m(x)
+    return [y.detach(), *torch.autograd.grad(y, [x, *m.parameters()], dy)]
+
+def as_kernel(m):
+    m = deepcopy(m)
+    m.__class__ = KernelSequential
+    return m
+
+# kernels, ReLU included, against the same kernels unlinked
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(kernels.available_isas()), st.integers(2, 300), st.integers(1, 70), st.integers(1, 300), st.integers(1, 70), st.floats(0, 1),
+       st.booleans(), st.sampled_from([1, 2, 3]), st.integers(0, 2**31))
+def test_bits_are_those_of_unlinked_layers(isa, batch, n_in, n_hidden, n_out, density, few, threads, seed):
+    old = kernels.isa()
+    kernels.set_isa(isa)
+    try: _check_pair(batch, n_in, n_hidden, n_out, density*.015 if few else density, threads, seed)
+    finally: kernels.set_isa(old)
+
+def _check_pair(batch, n_in, n_hidden, n_out, density, threads, seed):
+    rng = np.random.default_rng(seed)
+    new = lambda *s: rng.standard_normal(s, dtype=np.float32)
+    m1,m2 = rng.random((n_hidden, n_in)) < density,rng.random((n_out, n_hidden)) < density
+    a,b = kernels.LinearPlan.from_mask(m1),kernels.LinearPlan.from_mask(m2)
+    if a.tile_vectors != b.tile_vectors: return
+    v1,v2,b1,b2,x,dy = new(a.nnz),new(b.nnz),new(n_hidden),new(n_out),new(batch, n_in),new(batch, n_out)
+    empty = lambda *s: np.full(s, np.nan, np.float32)
+    h,y,dh,dx,dv1,dv2,db1 = empty(batch, n_hidden),empty(batch, n_out),empty(batch, n_hidden),empty(batch, n_in),empty(a.nnz),empty(b.nnz),empty(n_hidden)
+    a.forward(x, v1, b1, h, threads)
+    h = np.maximum(h, 0)
+    b.forward(h, v2, b2, y, threads)
+    y = np.maximum(y, 0)
+    b.backward(h, np.where(y > 0, dy, 0).astype(np.float32), v2, dh, dv2, threads)
+    a.backward(x, np.where(h > 0, dh, 0).astype(np.float32), v1, dx, dv1, threads, dbias=db1)
+
+    hp,y_,dhp,dx_,dv1_,dv2_,db1_ = empty(a.packed_size(batch, n_hidden)),empty(*y.shape),empty(a.packed_size(batch, n_hidden)),empty(*x.shape),empty(a.nnz),empty(b.nnz),empty(n_hidden)
+    a.forward_linked(x, v1, b1, hp, batch, False, True, True, threads)
+    b.forward_linked(hp, v2, b2, y_, batch, True, False, True, threads)
+    b.backward_linked(hp, dy, v2, dhp, dv2_, None, y_, batch, True, False, True, True, threads)
+    a.backward_linked(x, dhp, v1, dx_, dv1_, db1_, None, batch, False, True, True, False, threads)
+    for got,want in ((y_,y), (dx_,dx), (dv1_,dv1), (dv2_,dv2), (db1_,db1)): np.testing.assert_array_equal(got, want)
+    rows,again = empty(batch, n_hidden),empty(len(hp))
+    a.unpack(hp, rows, threads)
+    np.testing.assert_array_equal(rows, h)
+    a.pack(rows, again, threads)
+    np.testing.assert_array_equal(again, hp)                      # padding included, which is zero
+
+@pytest.mark.parametrize('batch', [3, 16, 37])
+@pytest.mark.parametrize('bad', [np.inf, -np.inf, np.nan])
+def test_what_is_not_finite_goes_where_it_goes_in_dense(batch, bad):
+    "Padding must not meet it: 0·inf would reach a gradient that dense leaves alone."
+    torch.manual_seed(0)
+    m = row((20, 30, 10), (.8, .8), (nn.ReLU(), nn.ReLU()))
+    with torch.no_grad(): m[0].bias[3],m[2].bias[4],m[2].weight[5] = bad,bad,bad
+    x,dy = torch.randn(batch, 20),torch.randn(batch, 10)
+    for a,b in zip(results(m, x, dy), results(as_kernel(m), x, dy)): torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+def test_wrong_arguments_are_exceptions():
+    p = kernels.LinearPlan.from_mask(np.ones((4, 6)))
+    x,v,out,packed = np.ones((5, 6), np.float32),np.ones(24, np.float32),np.ones((5, 4), np.float32),np.ones(p.packed_size(5, 4), np.float32)
+    ok = dict(x=x, values=v, bias=None, out=packed, batch=5, x_packed=False, y_packed=True, relu=True)
+    p.forward_linked(**ok)
+    for wrong in dict(out=out), dict(x=x[:4]), dict(x_packed=True), dict(batch=4), dict(batch=-1), dict(values=v[1:]), dict(out=packed[1:]):
+        with pytest.raises(ValueError): p.forward_linked(**{**ok, **wrong})
+    for wrong in dict(out=None), dict(x=x.astype(np.float64)):
+        with pytest.raises(TypeError): p.forward_linked(**{**ok, **wrong})
+    one = dict(x=x[:1], batch=1, out=np.ones(p.packed_size(1, 4), np.float32))
+    with pytest.raises(ValueError, match='linked'): p.forward_linked(**{**ok, **one})
+    back = dict(x=x, dy=out, values=v, dx=np.ones_like(x), dvalues=np.ones_like(v), dbias=None, out=out, batch=5, x_packed=False, y_packed=False, relu=True, gated=False)
+    p.backward_linked(**back)
+    with pytest.raises(ValueError, match='gated'): p.backward_linked(**{**back, 'gated': True})
+    with pytest.raises(ValueError): p.backward_linked(**{**back, 'out': packed})
+    for wrong in dict(dy=packed), dict(dx=packed), dict(dvalues=v[1:]), dict(y_packed=True):
+        with pytest.raises(ValueError): p.backward_linked(**{**back, **wrong})
+    with pytest.raises(ValueError): p.pack(out, packed[1:])
+    with pytest.raises(ValueError): p.unpack(packed[1:], out)
+
+# modules in a row
+
+@pytest.mark.parametrize('acts', [(nn.ReLU(), nn.ReLU(inplace=True)), (nn.GELU(), nn.ReLU()), (nn.Sequential(), nn.Sigmoid()), (nn.Identity(), nn.Dropout(0.))])
+@pytest.mark.parametrize('lead', [(33,), (4, 9), (2, 3, 5)])
+def test_same_results_as_the_plain_row(acts, lead):
+    m = row((20, 30, 10), (.8, .9), acts)
+    x,dy = torch.randn(*lead, 20),torch.randn(*lead, 10)
+    for a,b in zip(results(m, x, dy), results(as_kernel(m), x, dy)): assert a.shape == b.shape and torch.equal(a, b)
+
+def test_what_is_handed_on(linked_calls):
+    m = as_kernel(row((20, 30, 10, 10, 5), (.8,)*4, (nn.ReLU(), nn.Dropout(.5), nn.GELU(), nn.ReLU())))
+    m(torch.randn(8, 20))
+    assert linked_calls == [(False, True, True), (True, False, False), (False, True, False), (True, False, True)]
+    linked_calls.clear()
+    m.eval()(torch.randn(8, 20))
+    assert [c[:2] for c in linked_calls] == [(False, True), (True, True), (True, True), (True, False)]
+
+def test_an_activation_after_the_relu_of_a_linked_pair():
+    m = nn.Sequential(*row((20, 30), (.8,), (nn.ReLU(),)), nn.Tanh(), *row((30, 10), (.8,), (nn.ReLU(),)), nn.Tanh())
+    x,dy = torch.randn(8, 20),torch.randn(8, 10)
+    for a,b in zip(results(m, x, dy), results(as_kernel(m), x, dy)): torch.testing.assert_close(a, b)
+
+@pytest.mark.parametrize('frozen', [['0.weight'], ['0.weight', '0.bias'], ['2.weight'], ['2.weight', '2.bias', '0.bias']])
+@pytest.mark.parametrize('x_grad', [False, True])
+def test_frozen_parameters(frozen, x_grad):
+    m = row((20, 30, 10), (.8, .8), (nn.ReLU(), nn.ReLU()))
+    for n,p in m.named_parameters(): p.requires_grad_(n not in frozen)
+    def grads(m):
+        x = torch.ones(8, 20, requires_grad=x_grad)
+        m(x).square().sum().backward()
+        return [None if p.grad is None else p.grad.clone() for p in (x, *m.parameters())]
+    for a,b in zip(grads(deepcopy(m)), grads(as_kernel(m))): assert (a is None) == (b is None) and (a is None or torch.equal(a, b))
+
+def test_layers_of_different_tiles_are_not_linked(linked_calls):
+    "Widely different sparsity: one layer packs half as many items side by side."
+    if kernels.isa() != 'avx512': pytest.skip('tiles differ on AVX-512 only')
+    m = as_kernel(row((200, 300, 200), (.8, .999), (nn.ReLU(), nn.ReLU())))
+    m(torch.randn(64, 200))
+    assert linked_calls == [(False, False, True), (False, False, True)]
+
+@pytest.mark.parametrize('what', ['hook on a layer', 'hook on a ReLU', 'pre-hook', 'global hook', 'forward replaced', 'float64', 'autocast', 'functorch', 'one item', 'no item', 'dense'])
+def test_not_linked_where_somebody_looks_or_rows_are_needed(what, linked_calls):
+    m = row((20, 30, 10), (.8, .8), (nn.ReLU(), nn.Softmax(-1)))
+    want = m(x := torch.randn(8, 20)).detach()
+    k,seen = as_kernel(m),[]
+    see = lambda *a: seen.append(a)
+    if what == 'hook on a layer': k[0].register_forward_hook(see); k[2].register_forward_hook(see)
+    if what == 'hook on a ReLU': k[1].register_forward_hook(see)
+    if what == 'pre-hook': k[0].register_forward_pre_hook(see); k[2].register_forward_pre_hook(see)
+    if what == 'forward replaced': k[0].forward = lambda x: m[0](x); k[2].forward = lambda x: m[2](x)
+    if what == 'float64': k,x,want = k.double(),x.double(),want.double()
+    if what == 'dense': use_torch(k); k = as_kernel(nn.Sequential(*map(nn.Linear, (20, 30), (30, 10)))); want = k(x).detach()
+    if what in ('one item', 'no item'): x = x[:what == 'one item']; want = m(x).detach()
+    if what == 'global hook':
+        h = nn.modules.module.register_module_forward_hook(see)
+        try: got = k(x)
+        finally: h.remove()
+    elif what == 'autocast':
+        with torch.autocast('cpu', torch.bfloat16): want,got = m(x),k(x)
+    elif what == 'functorch': got = torch.func.vmap(k)(x[None])[0]
+    else: got = k(x)
+    torch.testing.assert_close(got, want)
+    assert not linked_calls
+    assert seen or 'hook' not in what
+
+def test_a_subclass_of_tensor_stays_one(linked_calls):
+    m = row((20, 30, 10), (.8, .8), (nn.ReLU(), nn.ReLU()))
+    x = TensorBase(torch.randn(8, 20), author='Ada')
+    y = as_kernel(m)(x)
+    assert type(y) is TensorBase and y.author == 'Ada' and torch.equal(y, m(x)) and len(linked_calls) == 2
+
+def test_no_grad_inference_compile_and_threads():
+    m = row((20, 30, 10), (.8, .8), (nn.ReLU(), nn.ReLU()))
+    k,x = as_kernel(m),torch.randn(200, 20)
+    want = m(x)
+    with torch.no_grad(): assert torch.equal(k(x), want)
+    with torch.inference_mode(): assert torch.equal(k(x), want)
+    assert torch.allclose(torch.compile(k, fullgraph=True, backend='eager')(x), want, atol=1e-6)
+    old,y = torch.get_num_threads(),k(x)
+    try:
+        torch.set_num_threads(3 if old != 3 else 1)        # between forward and backward
+        g = torch.autograd.grad(y.sum(), list(k.parameters()))
+    finally: torch.set_num_threads(old)
+    for a,b in zip(g, torch.autograd.grad(want.sum(), list(m.parameters()))): assert torch.equal(a, b)
+
+def test_born_sparse_layers_are_linked(linked_calls):
+    m,x = KernelSequential(SparseLinear(20, 30, sparsity=.8), nn.ReLU(), SparseLinear(30, 10, sparsity=.8)),torch.randn(8, 20)
+    assert torch.equal(m(x), m[2](F.relu(m[0](x)))) and len(linked_calls) == 2
+
+@pytest.mark.parametrize('name', ['forward_linked', 'backward_linked'])
+def test_a_failing_kernel_falls_back_to_dense(name, monkeypatch):
+    m = row((20, 30, 10, 10), (.8, .8, .8), (nn.ReLU(), nn.GELU(), nn.ReLU()))
+    x,dy = torch.randn(37, 20),torch.randn(37, 10)
+    want = results(m, x, dy)
+    k = as_kernel(m)
+    def fail(*a, **kw): raise RuntimeError('out of luck')
+    monkeypatch.setattr(kernels.LinearPlan, name, fail)
+    for a,b in zip(results(k, x, dy), want): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+# in training
+
+class Types(Callback):
+    def before_fit(self): self.seen = set()
+    def after_train(self): self.seen |= {type(m) for m in self.model.modules() if type(m) in linking_types.values()}
+
+def mlp(): return nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 24), nn.ReLU(), nn.Linear(24, 3))
+class Encoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer,self.head = nn.TransformerEncoderLayer(6, 2, 24, dropout=0., batch_first=True),nn.Linear(6, 3)
+    def forward(self, x): return self.head(self.layer(x[:,None].repeat(1, 3, 1)).mean(1))
+def drops(): return nn.Sequential(LinBnDrop(6, 32, bn=False, act=nn.ReLU(), lin_first=True), LinBnDrop(32, 24, act=nn.ReLU()), nn.Linear(24, 3))
+
+def learner(model_f, opt_func=partial(SGD, mom=.9), n=64, cbs=()):
+    torch.manual_seed(0)
+    learn = Learner(toy_dls(n), model_f(), loss_func=F.cross_entropy, opt_func=opt_func, lr=.05, cbs=[Types(), *cbs])
+    sparsify_model(learn, .7)
+    return learn
+
+def dst(presets=RigL_presets): return DynamicSparseTrainingCallback(**presets, batches_per_update=3, sparse_kernels=True, sparsity_threshold=.3)
+
+@pytest.mark.parametrize('model_f', [mlp, Encoder, drops])
+@pytest.mark.parametrize('presets', [RigL_presets, SET_presets])
+@pytest.mark.parametrize('opt_func', [partial(SGD, mom=.9), Adam])
+def test_training_is_the_same_to_the_bit(model_f, presets, opt_func, monkeypatch):
+    states = []
+    for on in True,False:
+        if not on: monkeypatch.setattr('fastsparse.neighbours.may_link', lambda m: False)
+        learn = learner(model_f, opt_func=opt_func)
+        with quiet(learn): learn.fit(3, cbs=dst(presets))
+        assert bool(learn.types.seen) == on
+        assert not any(type(m) in linking_types.values() for m in learn.model.modules())
+        states.append(learn.model.state_dict())
+    assert states[0].keys() == states[1].keys() and all(torch.equal(v, states[1][k]) for k,v in states[0].items())
+
+def test_classes_come_back_after_an_interrupt():
+    class Stop(Callback):
+        def after_backward(self):
+            if self.iter == 5: raise KeyboardInterrupt
+    learn = learner(mlp, cbs=[Stop()])
+    with pytest.raises(KeyboardInterrupt), quiet(learn): learn.fit(1, cbs=dst())
+    learn.remove_cb(learn.stop)
+    with quiet(learn): learn.fit(1, cbs=SparseKernelsCallback(sparse_kernels=True, sparsity_threshold=.3))
+    assert type(learn.model) is nn.Sequential
+
+def test_report_names_what_is_linked():
+    learn = learner(Encoder)
+    with quiet(learn): learn.fit(1, cbs=dst())
+    rows = sparse_kernels_report(learn, neighbours=True)
+    row = rows.loc['layer'] if 'layer' in rows.index else rows[rows['layer'] == 'layer'].iloc[0]
+    assert row['chosen'] == 'kernel' and 'packed' in row['why']
+
+def test_may_link():
+    sparse = lambda *s: compress(nn.Linear(*s), mask=torch.rand(*s[::-1]) > .8)
+    for yes in [sparse(3,4), nn.ReLU()], [sparse(3,4), nn.Tanh(), sparse(4,5)], [sparse(3,4), sparse(4,5)], [nn.Linear(3,3), sparse(3,4), nn.Dropout(), nn.ReLU()]:
+        assert may_link(nn.Sequential(*yes))
+    for no in [], [sparse(3,4)], [nn.Linear(3,4), nn.ReLU()], [sparse(3,4), nn.BatchNorm1d(4), nn.ReLU()], [nn.ReLU(), sparse(3,4)], [sparse(3,4), nn.Tanh()]:
+        assert not may_link(nn.Sequential(*no))
