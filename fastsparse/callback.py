@@ -179,7 +179,7 @@ class SparseKernelsCallback(_QuickCallback):
 # %% ../nbs/07_callback.ipynb #70bff993
 def sparse_kernels_report(
     learn, # A learner that has trained with `sparse_kernels` on
-    neighbours:bool=False, # Also the batch normalisation and pooling layers between sparse ones?
+    neighbours:bool=False, # Also what stands between sparse layers: batch normalisation, pooling, rows of layers that hand packed batches on?
 ) -> pd.DataFrame: # One row per masked layer: sparsity, milliseconds of forward and backward, what was chosen and why
     "How each layer computed last, and why. Raises `ValueError` if nothing was decided yet."
     compute = vars(learn).get('sparse_compute')

@@ -69,6 +69,36 @@ void compare(const char* what, Buffer&& got, const std::vector<double>& want, i6
 
 double density() { static const double d[] = {0, .02, .1, .3, 1}; return d[draw(0, 4)]; }
 
+using Doubles = std::vector<double>;
+
+// The same layer with packed neighbours behind and before it, both with a ReLU between, and with a ReLU after it.
+void linked(const LinearPlan& plan, i64 b, int threads, Buffer& x, Buffer& v, Buffer& bias, Buffer& dy, Doubles out, Doubles dx, const Doubles& dv, const Doubles& db) {
+    const i64 rows = plan.rows(), cols = plan.cols(), lanes = LinearPlan::packed_lanes(b);
+    Buffer xp(cols * lanes, false), yp(rows * lanes, false), gp(rows * lanes, false), dxp(cols * lanes, false);
+    Buffer got(b * rows, false), got_dx(b * cols, false), got_dv(plan.nnz(), false), got_db(rows, false);
+    plan.pack(x.data(), b, cols, xp.data(), threads);
+    plan.pack(dy.data(), b, rows, gp.data(), threads);
+    plan.forward(xp.data(), b, v.data(), bias.data(), yp.data(), threads, {true, true, true});
+    plan.backward(xp.data(), gp.data(), b, v.data(), dxp.data(), got_dv.data(), got_db.data(), threads, {true, true, true, true});
+    plan.unpack(yp.data(), b, rows, got.data(), threads);
+    plan.unpack(dxp.data(), b, cols, got_dx.data(), threads);
+    for (double& o : out) o = std::max(o, 0.);
+    for (i64 i = 0; i < x.n; ++i) if (x[i] <= 0) dx[size_t(i)] = 0;
+    compare("linked out", std::move(got), out, cols);
+    compare("linked dx", std::move(got_dx), dx, rows);
+    compare("linked dvalues", std::move(got_dv), dv, b);
+    compare("linked dbias", std::move(got_db), db, b);
+
+    Buffer y(b * rows, false), g(b * rows, false), dv1(plan.nnz(), false), dv2(plan.nnz(), false), dx1(b * cols, false), dx2(b * cols, false);
+    plan.forward(x.data(), b, v.data(), bias.data(), y.data(), threads, {false, false, true});
+    for (i64 i = 0; i < y.n; ++i) g[i] = y[i] > 0 ? dy[i] : 0;
+    plan.backward(x.data(), dy.data(), b, v.data(), dx1.data(), dv1.data(), nullptr, threads, {false, false, true}, y.data());
+    plan.backward(x.data(), g.data(), b, v.data(), dx2.data(), dv2.data(), nullptr, threads);
+    compare("relu out", std::move(y), out, cols);
+    compare("relu dx", std::move(dx1), {dx2.data(), dx2.data() + dx2.n}, rows);
+    compare("relu dvalues", std::move(dv1), {dv2.data(), dv2.data() + dv2.n}, b);
+}
+
 void linear(int threads) {
     const i64 b = draw(0, 150) * (threads == 2 ? 8 : 1), rows = draw(1, 260), cols = draw(1, 260);
     const Mask m(rows, cols, density());
@@ -93,6 +123,7 @@ void linear(int threads) {
     compare("linear dx", std::move(dx), rx, rows);
     compare("linear dvalues", std::move(dv), rv, b);
     compare("linear dbias", std::move(db), rb, b);
+    if (b > 1) linked(plan, b, threads, x, v, bias, dy, ro, rx, rv, rb);
     Half out16(b * rows), dx16(b * cols), dv16(m.nnz());
     forward_bf16(plan, x16.data(), b, {nullptr, v16.data()}, {bias.data(), nullptr}, out16.data(), threads);
     backward_bf16(plan, x16.data(), dy16.data(), b, {v.data(), nullptr}, dx16.data(), {nullptr, dv16.data()}, threads);
