@@ -78,6 +78,7 @@ Panels::Panels(const Csr& a, i64 row0, i64 row1, i64 chunk, i64 width, bool reor
     parallel_for(n_chunks, threads, [&](i64 c, int) {
         const i64 r0 = row0 + c * chunk, r1 = std::min(row1, r0 + chunk), rows = r1 - r0;
         std::vector<i64> next(&a.indptr[r0], &a.indptr[r1]);
+        for (i64 k = a.indptr[r0]; k < a.indptr[r1]; k += 16) __builtin_prefetch(&a.idx[k]);  // side by side, rows are too many streams
         Part& part = parts[c];
         part.in.resize(size_t(rows));
         part.segs.resize(size_t(rows + std::min(rows * (n_panels - 1), a.indptr[r1] - a.indptr[r0])));
