@@ -4,12 +4,21 @@
 
 namespace fastsparse {
 
+// For vectors that are resized without being cleared, as each element is written before it is read.
+template <class T> struct Uncleared : std::allocator<T> {
+    Uncleared() = default;
+    template <class U> Uncleared(const Uncleared<U>&) {}
+    template <class U> struct rebind { using other = Uncleared<U>; };
+    template <class U> void construct(U* p) { ::new (static_cast<void*>(p)) U; }
+};
+template <class T> using Raw = std::vector<T, Uncleared<T>>;
+
 // Compressed rows. Entry k of row r is indptr[r] <= k < indptr[r+1]; columns ascend within a row.
 struct Csr {
     i64 rows = 0, cols = 0;
     std::vector<i64> indptr;
-    std::vector<i32> idx;
-    std::vector<uint32_t> perm;   // entry -> canonical position; empty means the identity
+    Raw<i32> idx;
+    Raw<uint32_t> perm;           // entry -> canonical position; empty means the identity
     i64 nnz() const { return i64(idx.size()); }
 };
 
@@ -20,18 +29,28 @@ struct Panels {
     i64 width;                    // columns in a panel
     i64 row0, chunk;              // the first row, rows in a chunk
     i64 n_chunks, n_panels;
-    std::vector<Seg> segs;
-    std::vector<i64> at;          // the first segment of (chunk, panel)
-    std::vector<i32> idx;         // in this order, if asked for
-    std::vector<uint32_t> perm;
+    struct Range { i64 from, to; };
+    Raw<Seg> segs;
+    std::vector<Range> at;        // the segments of (chunk, panel)
+    Raw<i32> idx;                 // in this order, if asked for
+    Raw<uint32_t> perm;
     Panels(const Csr& a, i64 row0, i64 row1, i64 chunk, i64 width, bool reorder, int threads = 1);
     static Panels transposed(const Csr& a, i64 chunk, i64 width, int threads);  // of a's columns, in this order
-    const Seg* begin(i64 c, i64 p) const { return segs.data() + at[c * n_panels + p]; }
-    i64 count(i64 c, i64 p) const { return at[c * n_panels + p + 1] - at[c * n_panels + p]; }
+    const Seg* begin(i64 c, i64 p) const { return segs.data() + at[c * n_panels + p].from; }
+    i64 count(i64 c, i64 p) const { return at[c * n_panels + p].to - at[c * n_panels + p].from; }
 private:
-    struct Chunk { std::vector<Seg> segs; std::vector<i64> at; };
+    // The segments of a chunk, panel by panel, or of a panel, chunk by chunk: what one task makes.
+    struct Part {
+        Raw<Seg> segs;
+        std::vector<i64> at{0};
+        std::vector<Seg> in;
+        std::vector<i32> place;
+        void append(bool keep_empty);   // in
+        i64 append_columns(i64 c0, i64 c1, bool keep_empty, i64 used, std::vector<uint32_t>& to);
+    };
     Panels(i64 rows, i64 cols, i64 row0, i64 row1, i64 chunk, i64 width);
-    void join(const std::vector<Chunk>& chunks);
+    void transpose(const Csr& a, i64 p, Part& part);
+    void join(const std::vector<Part>& parts, i64 between, i64 within);
 };
 
 Csr checked_csr(const i64* indptr, i64 n_indptr, const i32* idx, i64 nnz, i64 rows, i64 cols);

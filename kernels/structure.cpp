@@ -2,7 +2,6 @@
 #include "plan.h"
 #include <algorithm>
 #include <limits>
-#include <utility>
 
 namespace fastsparse {
 
@@ -12,23 +11,23 @@ std::vector<Seg> row_segs(const Csr& a) {
     return segs;
 }
 
-// Segments of one chunk and panel, sorted by length in linear time; only the first panel needs the empty ones.
-static void append_sorted(std::vector<Seg>& in, bool keep_empty, std::vector<i32>& count, std::vector<Seg>& out) {
+// Sorted by length, in linear time; only the first panel needs the empty ones.
+void Panels::Part::append(bool keep_empty) {
     i32 most = 0;
     for (const Seg& s : in) most = std::max(most, s.n);
-    count.assign(size_t(most) + 2, 0);
-    for (const Seg& s : in) ++count[s.n + 1];
-    const i32 skip = keep_empty ? 0 : count[1];
-    for (i32 n = 0; n <= most; ++n) count[n + 1] += count[n];
-    const size_t base = out.size();
-    out.resize(base + in.size() - skip);
+    place.assign(size_t(most) + 2, 0);
+    for (const Seg& s : in) ++place[s.n + 1];
+    const i32 empty = keep_empty ? 0 : place[1];
+    place[0] = -empty;
+    for (i32 n = 0; n <= most; ++n) place[n + 1] += place[n];
+    Seg* out = segs.data() + at.back();
     for (const Seg& s : in)
-        if (s.n || keep_empty) out[base + count[s.n]++ - skip] = s;
-    in.clear();
+        if (s.n || keep_empty) out[place[s.n]++] = s;
+    at.push_back(at.back() + i64(in.size()) - empty);
 }
 
 // The entries themselves in the order in which they run: read as one stream, and the values' positions close to each other.
-static void store_in_order(const Csr& a, std::vector<Seg>& segs, std::vector<i32>& idx, std::vector<uint32_t>& perm) {
+static void store_in_order(const Csr& a, Raw<Seg>& segs, Raw<i32>& idx, Raw<uint32_t>& perm) {
     size_t nnz = 0;
     for (const Seg& s : segs) nnz += s.n;
     idx.resize(nnz);
@@ -47,127 +46,163 @@ static void store_in_order(const Csr& a, std::vector<Seg>& segs, std::vector<i32
 Panels::Panels(i64 rows, i64 cols, i64 row0, i64 row1, i64 chunk, i64 width)
     : rows(rows), cols(cols), width(width), row0(row0), chunk(chunk), n_chunks(ceil_div(row1 - row0, chunk)), n_panels(std::max<i64>(1, ceil_div(cols, width))) {}
 
-void Panels::join(const std::vector<Chunk>& chunks) {
-    size_t n = 0;
-    for (const Chunk& c : chunks) n += c.segs.size();
-    segs.reserve(n);
-    at.reserve(chunks.size() * n_panels + 1);
-    for (const Chunk& c : chunks) {
-        for (i64 i : c.at) at.push_back(i + i64(segs.size()));
-        segs.insert(segs.end(), c.segs.begin(), c.segs.end());
+void Panels::join(const std::vector<Part>& parts, i64 between, i64 within) {
+    i64 n = 0, base = 0;
+    for (const Part& p : parts) n += p.at.back();
+    segs.resize(size_t(n));
+    at.resize(size_t(n_chunks * n_panels));
+    for (size_t i = 0; i < parts.size(); ++i) {
+        const Part& p = parts[i];
+        for (size_t j = 0; j + 1 < p.at.size(); ++j) at[i * between + j * within] = {base + p.at[j], base + p.at[j + 1]};
+        std::copy_n(p.segs.data(), p.at.back(), segs.data() + base);
+        base += p.at.back();
     }
-    at.push_back(i64(n));
+}
+
+// How many of n ascending numbers are below limit. Tested one by one, the last would be a mispredicted branch in each run.
+static i64 below(const i32* idx, i64 n, i32 limit) {
+    constexpr i64 step = 16;
+    i64 k = 0;
+    for (; k + step <= n; k += step) {
+        i32 count = 0;
+        for (i64 i = 0; i < step; ++i) count += idx[k + i] < limit;
+        if (count < step) return k + count;
+    }
+    while (k < n && idx[k] < limit) ++k;
+    return k;
 }
 
 Panels::Panels(const Csr& a, i64 row0, i64 row1, i64 chunk, i64 width, bool reorder, int threads)
     : Panels(a.rows, a.cols, row0, row1, chunk, width) {
-    std::vector<Chunk> chunks(n_chunks);
+    std::vector<Part> parts(n_chunks);
     parallel_for(n_chunks, threads, [&](i64 c, int) {
-        std::vector<std::vector<Seg>> panel(n_panels);
-        for (i64 r = row0 + c * chunk; r < std::min(row1, row0 + (c + 1) * chunk); ++r) {
-            i64 k = a.indptr[r];
-            const i64 end = a.indptr[r + 1];
-            for (i64 p = 0; p < n_panels; ++p) {
-                const i64 start = k, limit = (p + 1) * width;
-                if (p == n_panels - 1) k = end;
-                else while (k < end && a.idx[k] < limit) ++k;
-                panel[p].push_back({uint32_t(start), i32(r), i32(k - start)});
-            }
-        }
-        std::vector<i32> count;
+        const i64 r0 = row0 + c * chunk, r1 = std::min(row1, r0 + chunk), rows = r1 - r0;
+        std::vector<i64> next(&a.indptr[r0], &a.indptr[r1]);
+        for (i64 k = a.indptr[r0]; k < a.indptr[r1]; k += 16) __builtin_prefetch(&a.idx[k]);  // side by side, rows are too many streams
+        Part& part = parts[c];
+        part.in.resize(size_t(rows));
+        part.segs.resize(size_t(rows + std::min(rows * (n_panels - 1), a.indptr[r1] - a.indptr[r0])));
         for (i64 p = 0; p < n_panels; ++p) {
-            chunks[c].at.push_back(i64(chunks[c].segs.size()));
-            append_sorted(panel[p], p == 0, count, chunks[c].segs);
+            for (i64 r = 0; r < rows; ++r) {
+                const i64 left = a.indptr[r0 + r + 1] - next[r];
+                const i64 n = p == n_panels - 1 ? left : below(a.idx.data() + next[r], left, i32((p + 1) * width));
+                part.in[r] = {uint32_t(next[r]), i32(r0 + r), i32(n)};
+                next[r] += n;
+            }
+            part.append(p == 0);
         }
     });
-    join(chunks);
+    join(parts, n_panels, 1);
     if (reorder) store_in_order(a, segs, idx, perm);
 }
 
 namespace {
 
-// f(row, chunk, first entry, end) for each run of entries of a row within a chunk of columns.
-template <class F> void each_run(const Csr& a, i64 row0, i64 row1, i64 chunk, F&& f) {
-    for (i64 r = row0; r < row1; ++r)
-        for (i64 k = a.indptr[r], end = a.indptr[r + 1]; k < end;) {
-            const i64 c = a.idx[k] / chunk, limit = (c + 1) * chunk, first = k;
-            while (k < end && a.idx[k] < limit) ++k;
-            f(r, c, first, k);
-        }
-}
+// A panel of rows that is to be stored by column.
+struct Block {
+    const Csr& a;
+    const i64 r0, r1;
+    std::vector<i64> next;      // of each row, the first entry that is not stored yet
+    std::vector<uint32_t> to;   // of each column, the number of its entries, later where its next one goes
 
-// The entries of a, chunk of columns by chunk, those of a chunk in the order of the rows.
-struct ByChunk {
-    struct Entry { i32 row; uint32_t at; };
-    std::vector<i64> start;
-    std::unique_ptr<Entry[]> entries;
-    std::unique_ptr<uint16_t[]> col;  // within the chunk
-    ByChunk(const Csr& a, i64 chunk, int threads) : entries(new Entry[a.idx.size()]), col(new uint16_t[a.idx.size()]) {
-        constexpr i64 parts = 8;      // of the rows: a fixed number, as each writes to a place of its own in every chunk
-        const i64 n = ceil_div(a.cols, chunk);
-        std::vector<i64> to(static_cast<size_t>(parts * n), 0);
-        parallel_for(parts, threads, [&](i64 p, int) {
-            each_run(a, a.rows * p / parts, a.rows * (p + 1) / parts, chunk, [&](i64, i64 c, i64 first, i64 end) { to[p * n + c] += end - first; });
-        });
-        i64 used = 0;
-        for (i64 c = 0; c < n; ++c) {
-            start.push_back(used);
-            for (i64 p = 0; p < parts; ++p) used += std::exchange(to[p * n + c], used);
+    Block(const Csr& a, i64 r0, i64 r1) : a(a), r0(r0), r1(r1), next(&a.indptr[r0], &a.indptr[r1]), to(size_t(a.cols), 0) {
+        for (i64 k = a.indptr[r0]; k < a.indptr[r1]; ++k) ++to[a.idx[k]];
+    }
+    i64 nnz() const { return a.indptr[r1] - a.indptr[r0]; }
+
+    // How many columns to store at a time: all places fit the L1 cache, unless a row would have few entries in them.
+    i64 columns(i64 chunk) const {
+        constexpr i64 few = 16, fit = 3072;
+        const i64 chunks = ceil_div(a.cols, chunk), times = nnz() / std::max(few * (r1 - r0), fit);
+        return chunk * ceil_div(chunks, std::max<i64>(1, std::min(times, chunks)));
+    }
+
+    // The entries left of column limit.
+    void store(i64 limit, i32* idx, uint32_t* perm) {
+        for (i64 r = r0; r < r1; ++r) {
+            i64 k = next[r - r0];
+            for (const i64 end = a.indptr[r + 1]; k < end && a.idx[k] < limit; ++k) {
+                const uint32_t at = to[a.idx[k]]++;
+                idx[at] = i32(r);
+                perm[at] = uint32_t(k);
+            }
+            next[r - r0] = k;
         }
-        start.push_back(used);
-        parallel_for(parts, threads, [&](i64 p, int) {
-            each_run(a, a.rows * p / parts, a.rows * (p + 1) / parts, chunk, [&](i64 r, i64 c, i64 first, i64 end) {
-                i64 i = to[p * n + c];
-                to[p * n + c] += end - first;
-                for (i64 k = first; k < end; ++k, ++i) {
-                    entries[i] = {i32(r), uint32_t(k)};
-                    col[i] = uint16_t(a.idx[k] - c * chunk);
-                }
-            });
-        });
     }
 };
 
 }  // namespace
 
-// Two passes, each of which writes to few places at a time: transposing first would write to all columns at once.
+// Segments of columns c0 to c1, whose entries are stored from `used` on.
+i64 Panels::Part::append_columns(i64 c0, i64 c1, bool keep_empty, i64 used, std::vector<uint32_t>& to) {
+    in.resize(size_t(c1 - c0));
+    for (i64 c = c0; c < c1; ++c) in[c - c0] = {0, i32(c), i32(to[c])};
+    Seg* s = segs.data() + at.back();
+    append(keep_empty);
+    for (; s < segs.data() + at.back(); ++s) {
+        s->start = to[s->row] = uint32_t(used);
+        used += s->n;
+    }
+    return used;
+}
+
+// A panel of a's rows at a time, in place of all rows: what is read, and written to column by column, stays in the L2 cache.
+void Panels::transpose(const Csr& a, i64 p, Part& part) {
+    Block block(a, p * width, p == n_panels - 1 ? a.rows : (p + 1) * width);
+    part.segs.resize(size_t(p ? std::min(a.cols, block.nnz()) : a.cols));
+    i64 used = a.indptr[block.r0];
+    for (i64 c0 = 0, c1, cols = block.columns(chunk); c0 < a.cols; c0 = c1) {
+        c1 = std::min(a.cols, c0 + cols);
+        const i64 first = used;
+        for (i64 c = c0; c < c1; c += chunk) used = part.append_columns(c, std::min(c1, c + chunk), p == 0, used, block.to);
+        for (i64 k = first; k < used; k += 16) { __builtin_prefetch(&idx[k], 1); __builtin_prefetch(&perm[k], 1); }
+        block.store(c1, idx.data(), perm.data());
+    }
+}
+
 Panels Panels::transposed(const Csr& a, i64 chunk, i64 width, int threads) {
     Panels t(a.cols, a.rows, 0, a.cols, chunk, width);
-    const ByChunk by(a, chunk, threads);
     t.idx.resize(a.idx.size());
     t.perm.resize(a.idx.size());
-    std::vector<Chunk> chunks(t.n_chunks);
-    parallel_for(t.n_chunks, threads, [&](i64 c, int) {
-        const i64 c0 = c * chunk, c1 = std::min(a.cols, c0 + chunk);
-        std::vector<Seg>& segs = chunks[c].segs;
-        std::vector<Seg> panel;
-        std::vector<i32> count, n(static_cast<size_t>(chunk));
-        std::vector<uint32_t> to(static_cast<size_t>(chunk));
-        i64 i = by.start[c];
-        uint32_t used = uint32_t(i);
-        for (i64 p = 0; p < t.n_panels; ++p) {
-            const i64 first = i, limit = p == t.n_panels - 1 ? a.rows : (p + 1) * width, before = i64(segs.size());
-            std::fill(n.begin(), n.end(), 0);
-            for (; i < by.start[c + 1] && by.entries[i].row < limit; ++i) ++n[by.col[i]];
-            for (i64 r = c0; r < c1; ++r) panel.push_back({0, i32(r), n[r - c0]});
-            chunks[c].at.push_back(before);
-            append_sorted(panel, p == 0, count, segs);
-            for (i64 s = before; s < i64(segs.size()); ++s) {
-                segs[s].start = to[segs[s].row - c0] = used;
-                used += uint32_t(segs[s].n);
-            }
-            for (i64 k = first; k < i; ++k) {
-                const uint32_t at = to[by.col[k]]++;
-                t.idx[at] = by.entries[k].row;
-                t.perm[at] = by.entries[k].at;
-            }
-        }
-    });
-    t.join(chunks);
+    std::vector<Part> parts(t.n_panels);
+    parallel_for(t.n_panels, threads, [&](i64 p, int) { t.transpose(a, p, parts[p]); });
+    t.join(parts, 1, t.n_panels);
     return t;
 }
 
 static void bad(const std::string& what) { throw std::invalid_argument(what); }
+
+// Whether all indices are columns and ascend within their rows: without branches, as they nearly always do.
+static bool in_order(const i64* indptr, const i32* idx, i64 rows, i64 cols) {
+    constexpr i64 part = 4096;
+    const i64 nnz = indptr[rows];
+    i64 falls = 0;
+    uint32_t outside = 0;   // its sign
+    for (i64 from = 0; from < nnz; from += part) {
+        const i64 to = std::min(nnz, from + part);
+        i32 n = 0;
+        for (i64 k = from; k < to; ++k) outside |= uint32_t(idx[k]) | (uint32_t(cols - 1) - uint32_t(idx[k]));
+        for (i64 k = std::max<i64>(from, 1); k < to; ++k) n += idx[k] <= idx[k - 1];
+        falls += n;
+    }
+    for (i64 r = 1; r < rows; ++r) {   // they may fall where a row begins
+        const i64 k = indptr[r];
+        falls -= k && k < indptr[r + 1] && idx[k] <= idx[k - 1];
+    }
+    return !falls && !(outside >> 31);
+}
+
+// The first index that is not.
+static void bad_index(const i64* indptr, const i32* idx, i64 rows, i64 cols) {
+    for (i64 r = 0; r < rows; ++r)
+        for (i64 k = indptr[r]; k < indptr[r + 1]; ++k) {
+            if (idx[k] < 0 || idx[k] >= cols)
+                throw std::out_of_range("index " + std::to_string(idx[k]) + " in row " + std::to_string(r) + " is outside 0.." + std::to_string(cols - 1));
+            if (k > indptr[r] && idx[k] <= idx[k - 1])
+                bad("row " + std::to_string(r) + " has index " + std::to_string(idx[k]) + " after " + std::to_string(idx[k - 1]) +
+                    "; indices must ascend within a row, without duplicates");
+        }
+}
 
 Csr checked_csr(const i64* indptr, i64 n_indptr, const i32* idx, i64 nnz, i64 rows, i64 cols) {
     constexpr i64 most = std::numeric_limits<i32>::max();
@@ -179,18 +214,12 @@ Csr checked_csr(const i64* indptr, i64 n_indptr, const i32* idx, i64 nnz, i64 ro
     if (indptr[rows] != nnz) bad("indptr ends at " + std::to_string(indptr[rows]) + ", expected nnz = " + std::to_string(nnz));
     for (i64 r = 0; r < rows; ++r)
         if (indptr[r] > indptr[r + 1]) bad("indptr decreases at row " + std::to_string(r));
-    for (i64 r = 0; r < rows; ++r)
-        for (i64 k = indptr[r]; k < indptr[r + 1]; ++k) {
-            if (idx[k] < 0 || idx[k] >= cols)
-                throw std::out_of_range("index " + std::to_string(idx[k]) + " in row " + std::to_string(r) + " is outside 0.." + std::to_string(cols - 1));
-            if (k > indptr[r] && idx[k] <= idx[k - 1])
-                bad("row " + std::to_string(r) + " has index " + std::to_string(idx[k]) + " after " + std::to_string(idx[k - 1]) +
-                    "; indices must ascend within a row, without duplicates");
-        }
+    if (!in_order(indptr, idx, rows, cols)) bad_index(indptr, idx, rows, cols);
     Csr a;
     a.rows = rows; a.cols = cols;
     a.indptr.assign(indptr, indptr + rows + 1);
-    a.idx.assign(idx, idx + nnz);
+    a.idx.resize(size_t(nnz));
+    std::copy_n(idx, nnz, a.idx.data());
     return a;
 }
 
