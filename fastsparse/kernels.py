@@ -49,7 +49,7 @@ def isa()->str:
 def set_isa(
     name:str # One of `available_isas()`
 ):
-    """Use another instruction set from now on.
+    """Use another instruction set from now on; not between the forward and the backward of linked layers.
 
     Raises: ValueError if this machine or this build lacks it."""
     _need().set_isa(name)

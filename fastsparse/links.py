@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['linking_types', 'Link', 'LinkedFunction', 'linked', 'KernelSequential', 'KernelLinBnDrop', 'KernelEncoderLayer',
-           'KernelDecoderLayer', 'may_link']
+           'KernelDecoderLayer', 'KernelEncoder', 'may_link']
 
 # %% ../nbs/05a_links.ipynb #05a00004
 import re, torch, torch.nn.functional as F
@@ -15,6 +15,7 @@ from torch import nn, Tensor
 from torch.autograd import Function
 from torch.nn.modules import module as nn_module
 from torch.overrides import handle_torch_function, has_torch_function_unary
+from . import kernels
 from .layers import (CompressedLinear, LinearGeometry, SparseLinear, dense_weight, differentiable_once, plan_for,
                                _ordinary, _survives, _values)
 from .topology import MaskHook
@@ -22,16 +23,20 @@ from .topology import MaskHook
 # %% ../nbs/05a_links.ipynb #05a00007
 class Link(NamedTuple):
     "How a layer takes its input and hands on its output."
-    batch:int     # Items, at least 2
+    lead:tuple    # Shape of the batch, of two items or more
     threads:int   # A packed batch is for so many
+    isa:str       # And for this instruction set
     x_packed:bool # Does the input come packed?
     y_packed:bool # Shall the output go on packed?
     relu:bool     # Does a ReLU follow?
     gated:bool    # Did the packed input come out of a ReLU? Its gradient then goes back through that
 
+    @property
+    def batch(self): return prod(self.lead)
     def empty(self, like, plan, packed, features):
         "Memory for a batch."
-        return like.new_empty(plan.packed_size(self.batch, features) if packed else (self.batch, features))
+        return like.new_empty(plan.packed_size(self.batch, features) if packed else (*self.lead, features))
+    def rows(self, t): return t if t is None or t.dim() < 2 else t.reshape(self.batch, -1).contiguous()
 
 # %% ../nbs/05a_links.ipynb #05a00008
 class LinkedFunction(Function):
@@ -39,10 +44,10 @@ class LinkedFunction(Function):
     @staticmethod
     def forward(ctx, x, values, bias, plan, link):
         ctx.plan,ctx.link = plan,link
-        out = link.empty(x, plan, link.y_packed, plan.n_rows)
+        x,out = link.rows(x),link.empty(x, plan, link.y_packed, plan.n_rows)
         v,b = _values(plan, values),None if bias is None else bias.detach()
-        if not _survives(plan, plan.forward_linked, x, v, b, out, link.batch, link.x_packed, link.y_packed, link.relu, link.threads):
-            _dense_forward(plan, link, x, v, b, out)
+        if not _survives(plan, plan.forward_linked, x, v, b, link.rows(out), link.batch, link.x_packed, link.y_packed, link.relu, link.threads):
+            _dense_forward(plan, link, x, v, b, link.rows(out))
         need_x,need_v = ctx.needs_input_grad[:2]
         ctx.save_for_backward(x if need_v or (need_x and link.gated) else None, values if need_x else None,
                               out if link.relu and not link.y_packed else None)
@@ -52,16 +57,17 @@ class LinkedFunction(Function):
     @differentiable_once
     def backward(ctx, dy):
         (x,values,out),(need_x,need_v,need_b),plan,link = ctx.saved_tensors,ctx.needs_input_grad[:3],ctx.plan,ctx.link
-        dy = dy.contiguous()
+        if (link.x_packed or link.y_packed) and link.isa != kernels.isa():
+            raise RuntimeError(f'forward packed a batch for {link.isa}, which backward cannot read with {kernels.isa()}')
         dx = link.empty(dy, plan, link.x_packed, plan.n_cols) if need_x else None
         dv,db = dy.new_empty(plan.nnz) if need_v else None,dy.new_empty(plan.n_rows) if need_b else None
-        v = _values(plan, values) if need_x else None
-        if not _survives(plan, plan.backward_linked, x, dy, v, dx, dv, db, out, link.batch, link.x_packed, link.y_packed, link.relu, link.gated, link.threads):
-            _dense_backward(plan, link, x, dy, v, dx, dv, db, out)
+        args = x,link.rows(dy),_values(plan, values) if need_x else None,link.rows(dx),dv,db,link.rows(out)
+        if not _survives(plan, plan.backward_linked, *args, link.batch, link.x_packed, link.y_packed, link.relu, link.gated, link.threads):
+            _dense_backward(plan, link, *args)
         return dx, dv, db, None, None
 
 # %% ../nbs/05a_links.ipynb #05a00010
-def _rows(plan, link, t, packed, features):
+def _unpacked(plan, link, t, packed, features):
     if not packed: return t
     rows = t.new_empty(link.batch, features)
     plan.unpack(t, rows, link.threads)
@@ -75,14 +81,14 @@ def _weight(plan, values): return dense_weight(values, *plan.structure, (plan.n_
 
 def _dense_forward(plan, link, x, values, bias, out):
     "`forward_linked` by PyTorch."
-    y = F.linear(_rows(plan, link, x, link.x_packed, plan.n_cols), _weight(plan, values), bias)
+    y = F.linear(_unpacked(plan, link, x, link.x_packed, plan.n_cols), _weight(plan, values), bias)
     _put(plan, link, y.relu_() if link.relu else y, link.y_packed, out)
 
 def _dense_backward(plan, link, x, dy, values, dx, dv, db, out):
     "`backward_linked` by PyTorch."
-    dy = _rows(plan, link, dy, link.y_packed, plan.n_rows)
+    dy = _unpacked(plan, link, dy, link.y_packed, plan.n_rows)
     if out is not None: dy = dy.masked_fill(out <= 0, 0)
-    if x is not None: x = _rows(plan, link, x, link.x_packed, plan.n_cols)
+    if x is not None: x = _unpacked(plan, link, x, link.x_packed, plan.n_cols)
     if db is not None: db.copy_(dy.sum(0))
     if dv is not None:
         indptr,indices = plan.structure
@@ -102,66 +108,76 @@ def _unwatched(m):
     return not (m._forward_hooks or m._backward_hooks or m._backward_pre_hooks or 'forward' in m.__dict__ or nn_module._has_any_global_hook()
                 or any(type(h) is not MaskHook for h in m._forward_pre_hooks.values()))
 
-def _plan(m, x, features):
-    "The plan of a sparse Linear for `features` inputs that can be linked; `None` if this isn't one."
+def _plan(m, x):
+    "The plan of a sparse Linear that can be linked; `None` if this isn't one. Of `x` only kind and place count."
     structure = _structure(m)
-    if structure is None or m.in_features != features or not (m.in_features and m.out_features) or not _unwatched(m): return None
+    if structure is None or not (m.in_features and m.out_features and isinstance(x, Tensor) and _unwatched(m)): return None
     geom = LinearGeometry(m.out_features, m.in_features)
     if not _ordinary(geom, x, m.weight): return None
     plan = plan_for(geom, *structure)
     return None if plan.broken else plan
 
 # %% ../nbs/05a_links.ipynb #05a00013
-_elementwise = {nn.ReLU, nn.GELU, nn.SiLU, nn.Mish, nn.Tanh, nn.Sigmoid, nn.LeakyReLU, nn.ELU, nn.Hardswish, F.relu, F.gelu, F.silu, F.mish,
-                F.leaky_relu, F.elu, F.hardswish, torch.relu, torch.tanh, torch.sigmoid}
+_modules = {nn.ReLU, nn.GELU, nn.SiLU, nn.Mish, nn.Tanh, nn.Sigmoid, nn.LeakyReLU, nn.ELU, nn.Hardswish}
+_functions = F.relu, F.gelu, F.silu, F.mish, F.leaky_relu, F.elu, F.hardswish, torch.relu, torch.tanh, torch.sigmoid
 
-def _is_relu(f): return type(f) is nn.ReLU or f in (F.relu, torch.relu)
+def _is_elementwise(f): return type(f) in _modules or any(f is g for g in _functions)
+def _is_relu(f): return type(f) is nn.ReLU or f is F.relu or f is torch.relu
 def _does_nothing(f): return type(f) is nn.Identity or (type(f) is nn.Dropout and not (f.training and f.p))
 
 def _between(steps, i):
     "The elementwise steps from `steps[i]` on, without those that do nothing, and where they end."
     found = []
-    while i < len(steps):
-        f = steps[i]
-        if isinstance(f, nn.Module) and not _unwatched(f): break
-        if not _does_nothing(f):
-            if type(f) not in _elementwise and not (callable(f) and f in _elementwise): break
-            found.append(f)
+    while i < len(steps) and not (isinstance(steps[i], nn.Module) and not _unwatched(steps[i])):
+        if not _does_nothing(steps[i]):
+            if not _is_elementwise(steps[i]): break
+            found.append(steps[i])
         i += 1
     return found, i
 
 # %% ../nbs/05a_links.ipynb #05a00014
+class _Layer(NamedTuple):
+    "A layer of a row, and what follows before the next: a ReLU that the kernel applies, or other steps on the packed batch."
+    module:nn.Module; plan:object; relu:bool; then:list
+
+def _row(x, steps, i):
+    "Layers from `steps[i]` on that have something to share, first in line for `x`, and where the steps go on after them."
+    row,plan = [],_plan(steps[i], x)
+    if plan is None or not x.dim() or x.shape[-1] != plan.n_cols or prod(x.shape[:-1]) < 2: return [], i
+    while True:
+        acts,j = _between(steps, i+1)
+        after = _plan(steps[j], x) if j < len(steps) else None
+        if after is not None and (after.n_cols,after.tile_vectors) != (plan.n_rows,plan.tile_vectors): after = None
+        relu = bool(acts) and _is_relu(acts[0]) and (len(acts) == 1 or after is None)
+        row.append(_Layer(steps[i], plan, relu, acts[relu:] if after is not None else []))
+        if after is None: return row if relu or len(row) > 1 else [], _after_relu(steps, i+1) if relu else i+1
+        plan,i = after,j
+
+def _after_relu(steps, i):
+    while not _is_relu(steps[i]): i += 1
+    return i+1
+
+def _run(x, row):
+    "The output of a row."
+    if has_torch_function_unary(x): return handle_torch_function(_run, (x,), x, row)
+    link = Link(x.shape[:-1], torch.get_num_threads(), kernels.isa(), False, False, False, False)
+    for l in row:
+        link = link._replace(y_packed=l is not row[-1], relu=l.relu)
+        x = LinkedFunction.apply(x, l.module.weight, l.module.bias, l.plan, link)
+        for f in l.then: x = f(x)
+        link = link._replace(x_packed=True, gated=l.relu)
+    return x
+
 def linked(
     x:Tensor, # Input of the first step
     steps,    # Modules and functions, one applied to the result of the other
 ) -> Tensor:
     "The result of the last step: sparse Linear layers in a row hand packed batches on."
-    if has_torch_function_unary(x): return handle_torch_function(linked, (x,), x, steps)
     i = 0
     while i < len(steps):
-        plan = _plan(steps[i], x, x.shape[-1]) if isinstance(x, Tensor) and x.dim() and prod(x.shape[:-1]) > 1 else None
-        x,i = (steps[i](x), i+1) if plan is None else _run(x, steps, i, plan)
+        row,j = _row(x, steps, i)
+        x,i = (_run(x, row), j) if row else (steps[i](x), i+1)
     return x
-
-def _run(x, steps, i, plan):
-    "From the sparse layer at `steps[i]` as far as batches can be handed on: the result, and where to go on."
-    lead,rows = x.shape[:-1],x
-    link = Link(prod(lead), torch.get_num_threads(), False, False, False, False)
-    while True:
-        m,(acts,j) = steps[i],_between(steps, i+1)
-        then = _plan(steps[j], x, m.out_features) if j < len(steps) else None
-        goes_on = then is not None and then.tile_vectors == plan.tile_vectors
-        relu = bool(acts) and _is_relu(acts[0]) and (len(acts) == 1 or not goes_on)
-        if not (link.x_packed or goes_on or relu): return m(rows), i+1
-        if not link.x_packed: x = rows.reshape(link.batch, plan.n_cols).contiguous()
-        x = LinkedFunction.apply(x, m.weight, m.bias, plan, link._replace(y_packed=goes_on, relu=relu))
-        if not goes_on: return x.view(*lead, plan.n_rows), _after_relu(steps, i+1) if relu else i+1
-        for f in acts[relu:]: x = f(x)
-        link,plan,i = link._replace(x_packed=True, gated=relu),then,j
-
-def _after_relu(steps, i):
-    while not _is_relu(steps[i]): i += 1
-    return i+1
 
 # %% ../nbs/05a_links.ipynb #05a00016
 class _Steps:
@@ -185,17 +201,24 @@ class KernelDecoderLayer(_FeedForward, nn.TransformerDecoderLayer):
     "An `nn.TransformerDecoderLayer`, likewise."
     def _ff_block(self, x): return super()._ff_block(x) if torch.compiler.is_compiling() else self.dropout3(self._linked(x))
 
+class KernelEncoder(nn.TransformerEncoder):
+    "An `nn.TransformerEncoder` whose layers never get nested tensors, which PyTorch makes of padded ones in evaluation, and which no kernel reads."
+    def forward(self, *args, **kwargs):
+        old,self.use_nested_tensor = self.use_nested_tensor,False
+        try: return super().forward(*args, **kwargs)
+        finally: self.use_nested_tensor = old
+
 linking_types = {nn.Sequential: KernelSequential, LinBnDrop: KernelLinBnDrop, nn.TransformerEncoderLayer: KernelEncoderLayer,
-                 nn.TransformerDecoderLayer: KernelDecoderLayer}
+                 nn.TransformerDecoderLayer: KernelDecoderLayer, nn.TransformerEncoder: KernelEncoder}
 
 # %% ../nbs/05a_links.ipynb #05a00032
 def may_link(
-    module:nn.Module # One of `linking_types`
+    module:nn.Module, # One of `linking_types`
+    sparse=(),        # Layers that compute sparse, besides those that are a `SparseLinear`
 ) -> bool:
-    "Does a masked or sparse Linear layer stand right before another one or a ReLU?"
-    def kind(f):
-        if isinstance(f, SparseLinear) or (isinstance(f, nn.Linear) and 'weight_mask' in f._buffers): return 'L'
-        if _is_relu(f): return 'R'
-        return 'e' if type(f) in (nn.Identity, nn.Dropout) or type(f) in _elementwise or f in _elementwise else '-'
+    "Does a sparse Linear layer in a module stand right before another one or a ReLU? (In an encoder: is there a sparse layer?)"
+    def is_sparse(f): return isinstance(f, SparseLinear) or any(f is s for s in sparse)
+    if isinstance(module, nn.TransformerEncoder): return any(map(is_sparse, module.modules()))
+    kind = lambda f: 'L' if is_sparse(f) else 'R' if _is_relu(f) else 'e' if type(f) in (nn.Identity, nn.Dropout) or _is_elementwise(f) else '-'
     steps = module if isinstance(module, nn.Sequential) else [module.linear1, module.activation, module.dropout, module.linear2]
     return bool(re.search('Le*[LR]', ''.join(map(kind, steps))))

@@ -125,6 +125,7 @@ class Neighbours:
     def _decide(self, m):
         "A row of the report."
         row = dict(dense_ms=None, sparse_ms=None, chosen='torch', why='no batch has reached it')
+        if type(m) is nn.TransformerEncoder: return {**row, 'chosen': 'kernel', 'why': 'its layers get padded batches instead of nested tensors'}
         if type(m) in linking_types: return {**row, 'chosen': 'kernel', 'why': 'sparse layers in a row hand packed batches on'}
         if m not in self.inputs: return row
         shape,why,need_dx = self.inputs[m]
@@ -140,12 +141,13 @@ class Neighbours:
 
     def use_kernels(self,
         names=None, # These layers; `None`: decide for every layer that `watch` has seen
+        sparse=(),  # The sparse layers
     ):
         "Swap in place."
         self.unwatch()
         for n,m in list(self.model.named_modules()):
-            if type(m) not in _all_types or (type(m) in linking_types and not may_link(m)): continue
-            row = self.log[n] = self._decide(m) if names is None or type(m) in linking_types else dict(dense_ms=None, sparse_ms=None, chosen='kernel' if n in names else 'torch', why='as before')
+            if type(m) not in _all_types or (type(m) in linking_types and not may_link(m, sparse)): continue
+            row = self.log[n or '(model)'] = self._decide(m) if names is None or type(m) in linking_types else dict(dense_ms=None, sparse_ms=None, chosen='kernel' if n in names else 'torch', why='as before')
             if row['chosen'] == 'kernel': m.__class__ = _all_types[type(m)]
 
     def let_go(self):

@@ -777,8 +777,8 @@ class SparseCompute:
         if self.chosen: self._speed_up_the_rest()
 
     def _speed_up_the_rest(self, names=None):
-        "What stands between sparse layers: batch normalisation, pooling, memory."
-        self.near.use_kernels(names)
+        "What stands between sparse layers: batch normalisation, pooling, rows of layers, memory."
+        self.near.use_kernels(names, {p.module for p in self.chosen})
         self.keeps_memory = kernels.keep_freed_memory(True)
 
     def sparse(self):

@@ -183,7 +183,7 @@ struct ByTile {
 
     void forward(const Source& x, const float* values, const float* bias, const Target& out) const {
         const i64 nx = s.x_floats(), ny = s.y_floats();
-        Scratch xp(nx * slots()), y(ny * slots());
+        Scratch xp(x.packed ? 0 : nx * slots()), y(out.packed ? 0 : ny * slots());
         parallel_for(s.b.tiles, threads, [&](i64 t, int k) { s.forward(t, x, values, bias, out, xp.data() + k * nx, y.data() + k * ny); });
     }
 
@@ -198,7 +198,8 @@ struct ByTile {
         const i64 nx = s.x_floats(), ny = s.y_floats();
         const bool apart = (all.dvalues || all.dbias) && threads > 1;
         const i64 n = apart ? group() : s.b.tiles;
-        Scratch xp(all.dvalues ? nx * slots() : 0), dxp(all.dx.data ? nx * slots() : 0), g(ny * slots()), shares(apart ? n * share() : 0);
+        Scratch xp(all.dvalues && !all.x.packed ? nx * slots() : 0), dxp(all.dx.data && !all.dx.packed ? nx * slots() : 0);
+        Scratch g(all.dy.packed ? 0 : ny * slots()), shares(apart ? n * share() : 0);
         for (i64 t0 = 0; t0 < s.b.tiles; t0 += n) {
             const i64 count = std::min(n, s.b.tiles - t0);
             parallel_for(count, threads, [&](i64 i, int slot) {

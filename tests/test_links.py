@@ -9,7 +9,7 @@ from fastai.layers import LinBnDrop
 from fastsparse import (DynamicSparseTrainingCallback, RigL_presets, SET_presets, SparseKernelsCallback, SparseLinear, kernels, sparse_kernels_report,
                         sparsify_model)
 from fastsparse.layers import compress
-from fastsparse.links import KernelSequential, LinkedFunction, linking_types, may_link
+from fastsparse.links import KernelEncoder, KernelSequential, LinkedFunction, linking_types, may_link
 from fastsparse.neighbours import use_torch
 from conftest import quiet, toy_dls
 
@@ -146,7 +146,7 @@ def test_layers_of_different_tiles_are_not_linked(linked_calls):
     m(torch.randn(64, 200))
     assert linked_calls == [(False, False, True), (False, False, True)]
 
-@pytest.mark.parametrize('what', ['hook on a layer', 'hook on a ReLU', 'pre-hook', 'global hook', 'forward replaced', 'float64', 'autocast', 'functorch', 'one item', 'no item', 'dense'])
+@pytest.mark.parametrize('what', ['hook on a layer', 'hook on a ReLU', 'pre-hook', 'global hook', 'forward replaced', 'float64', 'autocast', 'functorch', 'one item', 'no item', 'dense', 'nested'])
 def test_not_linked_where_somebody_looks_or_rows_are_needed(what, linked_calls):
     m = row((20, 30, 10), (.8, .8), (nn.ReLU(), nn.Softmax(-1)))
     want = m(x := torch.randn(8, 20)).detach()
@@ -165,6 +165,9 @@ def test_not_linked_where_somebody_looks_or_rows_are_needed(what, linked_calls):
         finally: h.remove()
     elif what == 'autocast':
         with torch.autocast('cpu', torch.bfloat16): want,got = m(x),k(x)
+    elif what == 'nested':
+        xs = torch.nested.nested_tensor(list(x.view(2, 4, 20)))
+        got = torch.nested.to_padded_tensor(k(xs), 0).view(8, 10)
     elif what == 'functorch': got = torch.func.vmap(k)(x[None])[0]
     else: got = k(x)
     torch.testing.assert_close(got, want)
@@ -176,6 +179,43 @@ def test_a_subclass_of_tensor_stays_one(linked_calls):
     x = TensorBase(torch.randn(8, 20), author='Ada')
     y = as_kernel(m)(x)
     assert type(y) is TensorBase and y.author == 'Ada' and torch.equal(y, m(x)) and len(linked_calls) == 2
+
+def test_other_modules_are_called_as_ever():
+    "Torch's function modes and subclasses are at work in all steps but the linked ones."
+    class Maker(nn.Module):
+        def forward(self, x): return torch.zeros(1).device.type
+    m = nn.Sequential(*row((20, 30, 10), (.8, .8), (nn.ReLU(), nn.ReLU())), nn.Softmax(-1))
+    k,seen = as_kernel(m),[]
+    k[-1].register_forward_hook(lambda m,i,o: seen.append((type(i[0]), type(o))))
+    k(TensorBase(torch.randn(8, 20)))
+    assert seen == [(TensorBase, TensorBase)]
+    k.append(Maker())
+    x = torch.randn(8, 20)
+    with torch.device('meta'): assert k(x) == 'meta'
+
+def test_the_result_is_no_view():
+    k = as_kernel(row((20, 30), (.8,), (nn.ReLU(),)))
+    for x in torch.randn(8, 20),torch.randn(2, 4, 20): assert not k(x)._is_view() and k(x).detach_().shape == (*x.shape[:-1], 30)
+
+def test_another_instruction_set_in_between_is_an_error():
+    old = kernels.isa()
+    y = as_kernel(row((20, 30, 10), (.8, .8), (nn.ReLU(), nn.ReLU())))(torch.randn(128, 20))
+    try:
+        kernels.set_isa('scalar')
+        with pytest.raises(RuntimeError, match=old): y.sum().backward()
+    finally: kernels.set_isa(old)
+
+def test_an_activation_that_has_no_hash():
+    from dataclasses import dataclass
+    @dataclass
+    class Act:
+        def __call__(self, x): return x.abs()
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0., batch_first=True, activation=Act())
+    x,sparse = torch.randn(2, 3, 8),{compress(l, mask=torch.rand_like(l.weight) > .5) for l in (layer.linear1, layer.linear2)}
+    want = layer(x)
+    assert not may_link(layer, sparse)
+    layer.__class__ = linking_types[nn.TransformerEncoderLayer]
+    assert torch.equal(layer(x), want)
 
 def test_no_grad_inference_compile_and_threads():
     m = row((20, 30, 10), (.8, .8), (nn.ReLU(), nn.ReLU()))
@@ -233,7 +273,7 @@ def dst(presets=RigL_presets): return DynamicSparseTrainingCallback(**presets, b
 def test_training_is_the_same_to_the_bit(model_f, presets, opt_func, monkeypatch):
     states = []
     for on in True,False:
-        if not on: monkeypatch.setattr('fastsparse.neighbours.may_link', lambda m: False)
+        if not on: monkeypatch.setattr('fastsparse.neighbours.may_link', lambda *a: False)
         learn = learner(model_f, opt_func=opt_func)
         with quiet(learn): learn.fit(3, cbs=dst(presets))
         assert bool(learn.types.seen) == on
@@ -259,8 +299,39 @@ def test_report_names_what_is_linked():
     assert row['chosen'] == 'kernel' and 'packed' in row['why']
 
 def test_may_link():
-    sparse = lambda *s: compress(nn.Linear(*s), mask=torch.rand(*s[::-1]) > .8)
-    for yes in [sparse(3,4), nn.ReLU()], [sparse(3,4), nn.Tanh(), sparse(4,5)], [sparse(3,4), sparse(4,5)], [nn.Linear(3,3), sparse(3,4), nn.Dropout(), nn.ReLU()]:
-        assert may_link(nn.Sequential(*yes))
-    for no in [], [sparse(3,4)], [nn.Linear(3,4), nn.ReLU()], [sparse(3,4), nn.BatchNorm1d(4), nn.ReLU()], [nn.ReLU(), sparse(3,4)], [sparse(3,4), nn.Tanh()]:
-        assert not may_link(nn.Sequential(*no))
+    L,sparse = partial(nn.Linear, 4, 4),set()
+    def S():
+        sparse.add(m := L())
+        return m
+    for yes in [S(), nn.ReLU()], [S(), nn.Tanh(), S()], [S(), S()], [L(), S(), nn.Dropout(), nn.ReLU()], [SparseLinear(3, 4, sparsity=.5), nn.ReLU()]:
+        assert may_link(nn.Sequential(*yes), sparse)
+    for no in [], [S()], [L(), nn.ReLU()], [S(), nn.BatchNorm1d(4), nn.ReLU()], [nn.ReLU(), S()], [S(), nn.Tanh()], [S(), L()]:
+        assert not may_link(nn.Sequential(*no), sparse)
+
+def test_padded_batches_of_an_encoder_in_evaluation():
+    "PyTorch would make nested tensors of them, which no kernel reads."
+    class Padded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up,self.head = nn.Linear(6, 8),nn.Linear(8, 3)
+            self.body = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 32, dropout=0., batch_first=True), 2)
+        def forward(self, x):
+            mask = torch.tensor([False, False, True]).expand(len(x), 3)
+            return self.head(self.body(self.up(x)[:,None].repeat(1, 3, 1), src_key_padding_mask=mask)[:,0])
+    for skip in None,['*self_attn*']:
+        res = []
+        for on in True,False:
+            torch.manual_seed(0)
+            learn = Learner(toy_dls(64), Padded(), loss_func=F.cross_entropy, opt_func=SGD, lr=.05, cbs=Types())
+            sparsify_model(learn, .7, skip=skip)
+            with quiet(learn): learn.fit(1, cbs=SparseKernelsCallback(sparse_kernels=on, sparsity_threshold=.3))
+            assert (KernelEncoder in learn.types.seen) == on and type(learn.model.body) is nn.TransformerEncoder and learn.model.body.use_nested_tensor
+            res.append(list(learn.recorder.values[-1]))
+        np.testing.assert_allclose(*res, rtol=1e-4)
+
+def test_only_sparse_layers_are_reported():
+    m = nn.Sequential(nn.Sequential(nn.Linear(6, 32), nn.ReLU()), nn.Sequential(nn.Linear(32, 24), nn.ReLU()), nn.Linear(24, 3))
+    learn = Learner(toy_dls(64), m, loss_func=F.cross_entropy, opt_func=SGD, lr=.05)
+    sparsify_model(learn, .5, sparse_f={'0.0': .9, '1.0': .3, '2': .5})
+    with quiet(learn): learn.fit(1, cbs=SparseKernelsCallback(sparse_kernels=True, sparsity_threshold=.8))
+    assert set(sparse_kernels_report(learn, neighbours=True).reset_index()['layer']) >= {'0'} and '1' not in set(sparse_kernels_report(learn, neighbours=True).reset_index()['layer'])
