@@ -130,11 +130,19 @@ def burst(run, seconds, now):
         t = now(); run(); out.append(now() - t)
     return out
 
-def interleaved(runs, budget, rounds=3):
-    "Median seconds of each of `runs`, in bursts taken in turns for about `budget` seconds; the order turns as well"
+def error(e): return f'{type(e).__name__}: {e}'
+
+def interleaved(runs, budget, rounds=3, failed=None):
+    "Median seconds of each of `runs`, in bursts taken in turns for about `budget` seconds; the order turns as well. Peers that fail are noted in `failed`"
     times, names = {n: [] for n in runs}, list(runs)
     for i in range(rounds):
-        for n in names[i % len(names):] + names[:i % len(names)]: times[n] += burst(runs[n], budget/rounds/len(runs), clock())
+        for n in names[i % len(names):] + names[:i % len(names)]:
+            if n not in times: continue
+            try: times[n] += burst(runs[n], budget/rounds/len(runs), clock())
+            except Exception as e:
+                if failed is None or not n.startswith('sparse'): raise
+                failed[n] = error(e)
+                del times[n]
     return {n: statistics.median(t) for n, t in times.items()}
 
 def measure(case, sparsity, budget, peers):
@@ -147,8 +155,8 @@ def measure(case, sparsity, budget, peers):
     runs, failed = {}, {}
     for n, make in contenders(case, w, x, dy, peers):
         try: runs[n] = make(); runs[n]()
-        except Exception as e: failed[n] = f'{type(e).__name__}: {e}'
-    t = interleaved(runs, budget)
+        except Exception as e: failed[n] = error(e)
+    t = interleaved(runs, budget, failed=failed)
     return point(case, sparsity, int((w != 0).sum()), t, failed)
 
 def best(times, prefix): return min((t for n, t in times.items() if n.startswith(prefix) and 'bf16' not in n), default=None)

@@ -26,6 +26,12 @@ def demo():
 
 def geomean(xs): return math.exp(sum(map(math.log, xs))/len(xs)) if xs else None
 
+def means(name):
+    "The geometric means of another run of the kernels' benchmark, in words."
+    d = load(name)
+    by = lambda kind: ', '.join(f"{s['over_dense']:.1f}" for s in d['summary'] if s['kind'] == kind)
+    return f"{by('linear')} (Linear) and {by('conv')} (Conv2d)"
+
 def kernels():
     d = load('kernels')
     if d is None: return ''
@@ -39,12 +45,13 @@ def kernels():
             table(['layer', 'sparsity', 'shapes measured', 'over dense', 'aim', 'over SparseProp', 'at least'], rows, 2) +
             f"\n\n{m['cpu']}, {m['isa']}, {m['threads']} thread, torch {m['versions']['torch']}, SparseProp {m['versions'].get('sparseprop', '–')}; memory kept by the allocator for all contenders, without which large tensors cost "
             "everybody more and the ratios are smaller ([every point](bench/results/kernels.json), [what was tried, and what limits it](bench/NOTES.md), `make bench-kernels`).\n\n"
+            f"Likewise at 80, 90, 95 and 99 %, with AVX2 at the most, for dense too: {means('kernels-avx2')}; with two threads: {means('kernels-2threads')}.\n\n"
             "![Speed-up of Linear layers over dense](bench/results/kernels-linear.png)\n![Speed-up of convolutions over dense](bench/results/kernels-conv.png)")
 
 def training():
     d = load('training')
     if d is None: return ''
-    rows = [(r['model'], pct(r['sparsity']), f"{r['dense_ms']:.0f}", f"{r['amortised_ms']:.0f}", f"{r['speedup']:.2f}×", times(r['target']), f"{r['speedup_over_bf16']:.2f}×", times(r.get('speedup_over_sparseprop')), f"{r['update_in_dense_steps']:.1f}", pct(round(r['update_share_of_training'], 3)))
+    rows = [(r['model'], pct(r['sparsity']), f"{r['dense_ms']:.0f}", f"{r['amortised_ms']:.{0 if r['amortised_ms'] >= 100 else 1}f}", f"{r['speedup']:.2f}×", times(r['target']), f"{r['speedup_over_bf16']:.2f}×", times(r.get('speedup_over_sparseprop')), f"{r['update_in_dense_steps']:.1f}", pct(round(r['update_share_of_training'], 3)))
             for res in d['results'] for r in res['rows']]
     peers = [r['speedup_over_sparseprop'] for res in d['results'] for r in res['rows'] if r.get('speedup_over_sparseprop')]
     mean = f' ({geomean(peers):.1f}× slower in geometric mean)' if peers else ''
