@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SET_presets', 'SNFS_presets', 'RigL_presets', 'dl_batch_sizes', 'borrowed_slots', 'only_validates', 'KernelSwitch',
-           'SparseKernelsCallback', 'sparse_kernels_report', 'pack_bits', 'unpack_bits', 'add_bits', 'n_bits',
-           'DynamicSparseTrainingCallback', 'Sparsity', 'EverActive']
+           'SparseKernelsCallback', 'sparse_kernels_report', 'KernelLinBnDrop', 'pack_bits', 'unpack_bits', 'add_bits',
+           'n_bits', 'DynamicSparseTrainingCallback', 'Sparsity', 'EverActive']
 
 # %% ../nbs/07_callback.ipynb #ab246743
 import warnings, weakref
@@ -16,6 +16,7 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from fastai.callback.core import Callback, CancelStepException
 from fastai.callback.training import GradientAccumulation
+from fastai.layers import LinBnDrop
 from fastai.learner import Learner, Metric
 from .distribution import check_sparsity
 from .large import GradientSampler, large_layers, new_positions, set_positions
@@ -24,6 +25,7 @@ from .score import (gradient_magnitude, gradient_momentum, has_momentum, is_elem
                               opt_slots, opt_state, random_score, weight_magnitude)
 from .topology import n_true, apply_masks, check_mask, drop_and_grow, grad_mask, set_masks, sparse_params, sparseable_params, zero_off_mask_, _hooked, _drop_hooks, GradMask
 from .layers import hold_interrupts
+from .links import linking_types, _Steps
 from .training import CompressedUpdate, SparseCompute, expand_model, hide_compression, param_compressed, updates_compressed
 
 # %% ../nbs/07_callback.ipynb #c98a0f5a
@@ -187,6 +189,12 @@ def sparse_kernels_report(
     rows = list(compute.log.values())
     if neighbours: rows += [dict(layer=n, **r) for n,r in compute.near.log.items()]
     return pd.DataFrame(rows).set_index('layer')
+
+# %% ../nbs/07_callback.ipynb #07c05a02
+class KernelLinBnDrop(_Steps, LinBnDrop):
+    "A `LinBnDrop` whose sparse Linear layer applies the ReLU after it."
+
+linking_types[LinBnDrop] = KernelLinBnDrop
 
 # %% ../nbs/07_callback.ipynb #538e45eb
 def _finite(t): return all(o.isfinite() for o in t.aminmax()) if t.numel() else True

@@ -100,7 +100,8 @@ class KernelMaxPool2d(nn.MaxPool2d):
 
 # %% ../nbs/05b_neighbours.ipynb #4e1fa43a
 kernel_types = {nn.BatchNorm2d: KernelBatchNorm2d, nn.MaxPool2d: KernelMaxPool2d}
-_all_types = {**kernel_types, **linking_types}
+
+def _all_types(): return {**kernel_types, **linking_types}
 
 class Neighbours:
     "What stands between the sparse layers of a model: batch normalisation and pooling, put on the kernels where that is faster, and rows of layers to link."
@@ -146,9 +147,9 @@ class Neighbours:
         "Swap in place."
         self.unwatch()
         for n,m in list(self.model.named_modules()):
-            if type(m) not in _all_types or (type(m) in linking_types and not may_link(m, sparse)): continue
+            if type(m) not in _all_types() or (type(m) in linking_types and not may_link(m, sparse)): continue
             row = self.log[n or '(model)'] = self._decide(m) if names is None or type(m) in linking_types else dict(dense_ms=None, sparse_ms=None, chosen='kernel' if n in names else 'torch', why='as before')
-            if row['chosen'] == 'kernel': m.__class__ = _all_types[type(m)]
+            if row['chosen'] == 'kernel': m.__class__ = _all_types()[type(m)]
 
     def let_go(self):
         "Keep nothing but the report."
@@ -159,7 +160,7 @@ def use_torch(
     model:nn.Module, # Changed in place
 ):
     "Give PyTorch's and fastai's own classes back to all modules that `Neighbours` has changed."
-    back = {v: k for k,v in _all_types.items()}
+    back = {v: k for k,v in _all_types().items()}
     for m in model.modules(): m.__class__ = back.get(type(m), type(m))
 
 # %% ../nbs/05b_neighbours.ipynb #8225897b
