@@ -93,7 +93,7 @@ def cifar():
     rows = [(r['label'], f"{100*r['accuracy'][-1]:.2f} %", clock(r['seconds'][-1]), *[clock(r['time_to'][l]) for l in levels]) for r in runs]
     dense,*_,last = runs
     longer = f" With {last['epochs']} epochs, about the time of the dense run, it reaches {100*last['accuracy'][-1]:.1f} %, dense {100*dense['accuracy'][-1]:.1f} %." if last.get('epochs', s['epochs']) != s['epochs'] else ''
-    return (f"CIFAR-10, a small ResNet from scratch, {s['epochs']} epochs of one-cycle, batch {s['bs']}, {s['threads']} threads, seed {s['seed']}: wall-clock time of training to a test accuracy (`python bench/bench_cifar.py`).\n\n" +
+    return (f"CIFAR-10, a small ResNet from scratch, {s['epochs']} epochs of one-cycle, batch {s['bs']}, {s['threads']} threads, seed {s['seed']}: wall-clock time of training to a test accuracy (`python bench/bench_cifar.py --path FOLDER --epochs {s['epochs']}{' --as_long' if s.get('as_long') else ''}`).\n\n" +
             table(['', 'final accuracy', 'training'] + [f'to {float(l):.0%}' for l in levels], rows) +
             "\n\nMinute for minute the sparse network is ahead as long as it learns; after the same number of epochs the dense one is more accurate." + longer + "\n\n![Test accuracy against minutes of training](bench/results/cifar.png)")
 

@@ -16,7 +16,7 @@ from torch.nn.modules import module as nn_module
 from torch.overrides import handle_torch_function, has_torch_function_unary
 from . import kernels
 from .layers import (CompressedLinear, LinearGeometry, SparseLinear, dense_weight, differentiable_once, plan_for,
-                               _ordinary, _survives, _values)
+                               _dense_backward, _ordinary, _survives, _values)
 from .topology import MaskHook
 
 # %% ../nbs/05a_links.ipynb #05a00007
@@ -46,7 +46,7 @@ class LinkedFunction(Function):
         x,out = link.rows(x),link.empty(x, plan, link.y_packed, plan.n_rows)
         v,b = _values(plan, values),None if bias is None else bias.detach()
         if not _survives(plan, plan.forward_linked, x, v, b, link.rows(out), link.batch, link.x_packed, link.y_packed, link.relu, link.threads):
-            _dense_forward(plan, link, x, v, b, link.rows(out))
+            _forward_by_rows(plan, link, x, v, b, link.rows(out))
         need_x,need_v = ctx.needs_input_grad[:2]
         ctx.save_for_backward(x if need_v or (need_x and link.gated) else None, values if need_x else None,
                               out if link.relu and not link.y_packed else None)
@@ -62,12 +62,12 @@ class LinkedFunction(Function):
         dv,db = dy.new_empty(plan.nnz) if need_v else None,dy.new_empty(plan.n_rows) if need_b else None
         args = x,link.rows(dy),_values(plan, values) if need_x else None,link.rows(dx),dv,db,link.rows(out)
         if not _survives(plan, plan.backward_linked, *args, link.batch, link.x_packed, link.y_packed, link.relu, link.gated, link.threads):
-            _dense_backward(plan, link, *args)
+            _backward_by_rows(plan, link, *args)
         return dx, dv, db, None, None
 
 # %% ../nbs/05a_links.ipynb #05a00010
 def _unpacked(plan, link, t, packed, features):
-    if not packed: return t
+    if not packed or t is None: return t
     rows = t.new_empty(link.batch, features)
     plan.unpack(t, rows, link.threads)
     return rows
@@ -76,26 +76,22 @@ def _put(plan, link, rows, packed, out):
     if packed: plan.pack(rows.contiguous(), out, link.threads)
     else: out.copy_(rows)
 
-def _weight(plan, values): return dense_weight(values, *plan.structure, (plan.n_rows, plan.n_cols))
-
-def _dense_forward(plan, link, x, values, bias, out):
+def _forward_by_rows(plan, link, x, values, bias, out):
     "`forward_linked` by PyTorch."
-    y = F.linear(_unpacked(plan, link, x, link.x_packed, plan.n_cols), _weight(plan, values), bias)
+    geom = LinearGeometry(plan.n_rows, plan.n_cols)
+    y = geom.dense(_unpacked(plan, link, x, link.x_packed, plan.n_cols), dense_weight(values, *plan.structure, geom.weight_shape), bias)
     _put(plan, link, y.relu_() if link.relu else y, link.y_packed, out)
 
-def _dense_backward(plan, link, x, dy, values, dx, dv, db, out):
+def _backward_by_rows(plan, link, x, dy, values, dx, dv, db, out):
     "`backward_linked` by PyTorch."
-    dy = _unpacked(plan, link, dy, link.y_packed, plan.n_rows)
+    geom = LinearGeometry(plan.n_rows, plan.n_cols)
+    x,dy = _unpacked(plan, link, x, link.x_packed, plan.n_cols),_unpacked(plan, link, dy, link.y_packed, plan.n_rows)
     if out is not None: dy = dy.masked_fill(out <= 0, 0)
-    if x is not None: x = _unpacked(plan, link, x, link.x_packed, plan.n_cols)
-    if db is not None: db.copy_(dy.sum(0))
-    if dv is not None:
-        indptr,indices = plan.structure
-        rows = torch.arange(plan.n_rows).repeat_interleave(indptr.diff(), output_size=indices.numel())
-        dv.copy_((dy.t() @ x)[rows, indices.long()])
-    if dx is not None:
-        g = dy @ _weight(plan, values)
-        _put(plan, link, g.masked_fill(x <= 0, 0) if link.gated else g, link.x_packed, dx)
+    if db is not None: db.copy_(geom.bias_grad(dy))
+    if dx is None and dv is None: return
+    gx,gv = _dense_backward(geom, plan, x, dy, values, (link.batch, plan.n_cols), dx is not None, dv is not None, dy.dtype)
+    if dv is not None: dv.copy_(gv)
+    if dx is not None: _put(plan, link, gx.masked_fill(x <= 0, 0) if link.gated else gx, link.x_packed, dx)
 
 # %% ../nbs/05a_links.ipynb #05a00012
 def _structure(m):
@@ -159,12 +155,11 @@ def _after_relu(steps, i):
 def _run(x, row):
     "The output of a row."
     if has_torch_function_unary(x): return handle_torch_function(_run, (x,), x, row)
-    link = Link(x.shape[:-1], torch.get_num_threads(), kernels.isa(), False, False, False, False)
+    here,packed,gated = (x.shape[:-1], torch.get_num_threads(), kernels.isa()),False,False
     for l in row:
-        link = link._replace(y_packed=l is not row[-1], relu=l.relu)
-        x = LinkedFunction.apply(x, l.module.weight, l.module.bias, l.plan, link)
+        x = LinkedFunction.apply(x, l.module.weight, l.module.bias, l.plan, Link(*here, packed, l is not row[-1], l.relu, gated))
         for f in l.then: x = f(x)
-        link = link._replace(x_packed=True, gated=l.relu)
+        packed,gated = True,l.relu
     return x
 
 def linked(
@@ -172,30 +167,29 @@ def linked(
     steps,    # Modules and functions, one applied to the result of the other
 ) -> Tensor:
     "The result of the last step: sparse Linear layers in a row hand packed batches on."
-    i = 0
+    i,traced = 0,torch.compiler.is_compiling()
     while i < len(steps):
-        row,j = _row(x, steps, i)
+        row,j = ([], i) if traced else _row(x, steps, i)
         x,i = (_run(x, row), j) if row else (steps[i](x), i+1)
     return x
 
 # %% ../nbs/05a_links.ipynb #05a00016
+def _steps(m): return list(m) if isinstance(m, nn.Sequential) else [m.linear1, m.activation, m.dropout, m.linear2]
+
 class _Steps:
-    def forward(self, input): return super().forward(input) if torch.compiler.is_compiling() else linked(input, list(self))
+    def forward(self, input): return linked(input, _steps(self))
 
 class KernelSequential(_Steps, nn.Sequential):
     "An `nn.Sequential` whose sparse Linear layers hand packed batches on."
 
 # %% ../nbs/05a_links.ipynb #05a00029
-class _FeedForward:
-    def _linked(self, x): return linked(x, [self.linear1, self.activation, self.dropout, self.linear2])
-
-class KernelEncoderLayer(_FeedForward, nn.TransformerEncoderLayer):
+class KernelEncoderLayer(nn.TransformerEncoderLayer):
     "An `nn.TransformerEncoderLayer` whose feed-forward block hands a packed batch on."
-    def _ff_block(self, x): return super()._ff_block(x) if torch.compiler.is_compiling() else self.dropout2(self._linked(x))
+    def _ff_block(self, x): return self.dropout2(linked(x, _steps(self)))
 
-class KernelDecoderLayer(_FeedForward, nn.TransformerDecoderLayer):
+class KernelDecoderLayer(nn.TransformerDecoderLayer):
     "An `nn.TransformerDecoderLayer`, likewise."
-    def _ff_block(self, x): return super()._ff_block(x) if torch.compiler.is_compiling() else self.dropout3(self._linked(x))
+    def _ff_block(self, x): return self.dropout3(linked(x, _steps(self)))
 
 class KernelEncoder(nn.TransformerEncoder):
     "An `nn.TransformerEncoder` whose layers never get nested tensors, which PyTorch makes of padded ones in evaluation, and which no kernel reads."
@@ -216,5 +210,4 @@ def may_link(
     def is_sparse(f): return isinstance(f, SparseLinear) or any(f is s for s in sparse)
     if isinstance(module, nn.TransformerEncoder): return any(map(is_sparse, module.modules()))
     kind = lambda f: 'L' if is_sparse(f) else 'R' if _is_relu(f) else 'e' if type(f) in (nn.Identity, nn.Dropout) or _is_elementwise(f) else '-'
-    steps = module if isinstance(module, nn.Sequential) else [module.linear1, module.activation, module.dropout, module.linear2]
-    return bool(re.search('Le*[LR]', ''.join(map(kind, steps))))
+    return bool(re.search('Le*[LR]', ''.join(map(kind, _steps(module)))))

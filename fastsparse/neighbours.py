@@ -146,10 +146,11 @@ class Neighbours:
     ):
         "Swap in place."
         self.unwatch()
+        types = _all_types()
         for n,m in list(self.model.named_modules()):
-            if type(m) not in _all_types() or (type(m) in linking_types and not may_link(m, sparse)): continue
+            if type(m) not in types or (type(m) in linking_types and not may_link(m, sparse)): continue
             row = self.log[n or '(model)'] = self._decide(m) if names is None or type(m) in linking_types else dict(dense_ms=None, sparse_ms=None, chosen='kernel' if n in names else 'torch', why='as before')
-            if row['chosen'] == 'kernel': m.__class__ = _all_types()[type(m)]
+            if row['chosen'] == 'kernel': m.__class__ = types[type(m)]
 
     def let_go(self):
         "Keep nothing but the report."
