@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['kernels_available', 'why_not', 'available_isas', 'isa', 'set_isa', 'kernel_table', 'threading', 'max_threads',
-           'mask_to_csr', 'bf16_to_float32', 'float32_to_bf16', 'LinearPlan', 'Conv2dPlan', 'batch_norm_forward',
-           'batch_norm_backward', 'max_pool_forward', 'max_pool_backward', 'keep_freed_memory']
+           'mask_to_csr', 'bf16_to_float32', 'float32_to_bf16', 'LinearPlan', 'row_forward', 'row_backward',
+           'Conv2dPlan', 'batch_norm_forward', 'batch_norm_backward', 'max_pool_forward', 'max_pool_backward',
+           'keep_freed_memory']
 
 # %% ../nbs/00_kernels.ipynb #e15a174f
 import os
@@ -245,6 +246,48 @@ def backward_linked(self:LinearPlan,
 ):
     "The gradients of `forward_linked`"
     self._p.backward_linked(x, dy, values, dx, dvalues, dbias, out, batch, x_packed, y_packed, relu, gated, threads)
+
+# %% ../nbs/00_kernels.ipynb #11c4a007
+@patch
+def whole_tiles(self:LinearPlan,
+    batch:int,       # Items
+    threads:int=None # As in `forward`
+)->bool:
+    "Do so many threads share such a batch by whole tiles? Then layers can be computed in a row, if they agree on `tile_vectors`"
+    return self._p.whole_tiles(batch, threads)
+
+def row_forward(
+    plans,           # `LinearPlan`s, the outputs of one being the inputs of the next
+    x:np.ndarray,    # (batch, inputs of the first)
+    values,          # (nnz,) for each plan
+    biases,          # (`n_rows`,) or None for each plan
+    relus,           # For each plan: apply a ReLU to its output?
+    kept,            # For each plan but the last, memory of `packed_size(batch, n_rows)` for its output; or () to keep nothing for `row_backward`
+    out:np.ndarray,  # (batch, outputs of the last), overwritten
+    threads:int=None # As in `LinearPlan.forward`
+):
+    """The output of layers in a row, to the bit; a thread takes a tile of the batch through all of them. All arrays float32.
+
+    Raises: ValueError if not `whole_tiles` or if plans don't fit together, and what `LinearPlan.forward` raises."""
+    _need().LinearPlan.row_forward([p._p for p in plans], x, values, biases, relus, kept, out, threads)
+
+def row_backward(
+    plans,           # As in `row_forward`, as the next ones
+    x:np.ndarray,
+    dy:np.ndarray,   # (batch, outputs of the last)
+    values,
+    biases,
+    relus,
+    kept,            # From `row_forward`; what was not kept is computed anew
+    out:np.ndarray,  # From `row_forward`; may be None if no ReLU comes last
+    dx:np.ndarray,   # Like `x`, overwritten, or None if not wanted
+    dvalues,         # (nnz,) for each plan, overwritten, or None
+    dbiases,         # (`n_rows`,) for each plan, overwritten, or None
+    threads:int=None # As in `LinearPlan.forward`
+):
+    "The gradients of `row_forward`"
+    _need().LinearPlan.row_backward([p._p for p in plans], x, dy, values, biases, relus, kept, out, dx, dvalues, dbiases, threads)
+
 
 # %% ../nbs/00_kernels.ipynb #137c1f0b
 class Conv2dPlan:

@@ -201,6 +201,50 @@ void linear_backward_linked(const LinearPlan& p, const py::object& x, const py::
     p.backward(xp, gp, batch, vp, dxp, dvp, dbp, t, {x_packed, y_packed, relu, gated}, op);
 }
 
+// The layers of a row: plans, values, biases, ReLUs of each, and what is kept between them.
+std::vector<RowLayer> row_of(const py::sequence& plans, const py::sequence& values, const py::sequence& biases, const py::sequence& relus, const py::sequence& kept, i64 batch) {
+    const size_t n = plans.size();
+    if (!n || values.size() != n || biases.size() != n || relus.size() != n) throw py::value_error("a row needs plan, values, bias and ReLU of each layer");
+    if (kept.size() && kept.size() != n - 1) throw py::value_error("a row keeps what is between its layers, or nothing");
+    std::vector<RowLayer> row;
+    for (size_t i = 0; i < n; ++i) {
+        const LinearPlan& p = plans[i].cast<const LinearPlan&>();
+        row.push_back({&p, input(values[i], "values", {p.nnz()}), optional_input(biases[i], "bias", {p.rows()}), relus[i].cast<bool>()});
+        if (i < kept.size()) row.back().kept = output(kept[i], "kept", {p.rows() * LinearPlan::packed_lanes(batch)});
+    }
+    return row;
+}
+
+void row_forward(const py::sequence& plans, const Array& x, const py::sequence& values, const py::sequence& biases, const py::sequence& relus,
+                 const py::sequence& kept, const py::object& out, const py::object& threads) {
+    const i64 b = batch_of(x, "x", 2);
+    const auto row = row_of(plans, values, biases, relus, kept, b);
+    const float* xp = input(x, "x", {b, row.front().plan->cols()});
+    float* op = output(out, "out", {b, row.back().plan->rows()});
+    const int t = threads_of(threads);
+    py::gil_scoped_release nogil;
+    LinearPlan::forward(row, xp, b, op, t);
+}
+
+void row_backward(const py::sequence& plans, const Array& x, const Array& dy, const py::sequence& values, const py::sequence& biases,
+                  const py::sequence& relus, const py::sequence& kept, const py::object& out, const py::object& dx, const py::sequence& dvalues, const py::sequence& dbiases,
+                  const py::object& threads) {
+    const i64 b = batch_of(x, "x", 2);
+    auto row = row_of(plans, values, biases, relus, kept, b);
+    if (dvalues.size() != row.size() || dbiases.size() != row.size()) throw py::value_error("a row needs places for the gradients of each layer, or None");
+    const LinearPlan &first = *row.front().plan, &last = *row.back().plan;
+    const float *xp = input(x, "x", {b, first.cols()}), *gp = input(dy, "dy", {b, last.rows()});
+    const float* op = row.back().relu ? input(out, "out", {b, last.rows()}) : nullptr;
+    float* dxp = optional_output(dx, "dx", {b, first.cols()});
+    for (size_t i = 0; i < row.size(); ++i) {
+        row[i].dvalues = optional_output(dvalues[i], "dvalues", {row[i].plan->nnz()});
+        row[i].dbias = optional_output(dbiases[i], "dbias", {row[i].plan->rows()});
+    }
+    const int t = threads_of(threads);
+    py::gil_scoped_release nogil;
+    LinearPlan::backward(row, xp, gp, op, b, dxp, t);
+}
+
 void linear_forward_bf16(const LinearPlan& p, const Array& x, const Array& values, const py::object& bias, const Array& out, const py::object& threads) {
     const i64 b = batch_of(x, "x", 2);
     const bf16* xp = bits_input(x, "x", {b, p.cols()});
@@ -539,6 +583,10 @@ PYBIND11_MODULE(_kernels, m) {
              "threads"_a = py::none())
         .def("backward_linked", &linear_backward_linked, "x"_a, "dy"_a, "values"_a, "dx"_a, "dvalues"_a, "dbias"_a, "out"_a, "batch"_a, "x_packed"_a,
              "y_packed"_a, "relu"_a, "gated"_a, "threads"_a = py::none())
+        .def("whole_tiles", [](const LinearPlan& p, i64 batch, const py::object& threads) { return p.whole_tiles(batch, threads_of(threads)); }, "batch"_a, "threads"_a = py::none())
+        .def_static("row_forward", &row_forward, "plans"_a, "x"_a, "values"_a, "biases"_a, "relus"_a, "kept"_a, "out"_a, "threads"_a = py::none())
+        .def_static("row_backward", &row_backward, "plans"_a, "x"_a, "dy"_a, "values"_a, "biases"_a, "relus"_a, "kept"_a, "out"_a, "dx"_a, "dvalues"_a, "dbiases"_a,
+                    "threads"_a = py::none())
         .def("forward_bf16", &linear_forward_bf16, "x"_a, "values"_a, "bias"_a.none(true), "out"_a, "threads"_a = py::none())
         .def("backward_bf16", &linear_backward_bf16, "x"_a, "dy"_a, "values"_a, "dx"_a, "dvalues"_a, "threads"_a = py::none());
     py::class_<Conv2dPlan>(m, "Conv2dPlan")

@@ -173,55 +173,131 @@ struct Tiles {
     }
 };
 
-// Each thread takes whole tiles. The tiles' shares of the gradients by weight and bias are kept apart and added in their
-// order, as one thread adds them, a group of tiles at a time.
+// A layer of a row.
+struct Layer {
+    Tiles tiles;
+    const float *values, *bias;
+    bool relu;                     // of the output
+    float* kept;                   // what goes to the next layer, packed, if it is kept from forward to backward
+    float *dvalues, *dbias;        // null where not wanted
+    i64 rows() const { return tiles.a.rows; }
+    i64 cols() const { return tiles.a.cols; }
+    bool wanted() const { return dvalues || dbias; }
+    // Floats of a tile's share of its gradients.
+    i64 share() const { return wanted() ? round_up(tiles.a.nnz(), tiles.b.width) + rows() : 0; }
+};
+
+// Each thread takes whole tiles, and takes them through all layers of a row: what is between layers stays in its cache, unless
+// it is kept; what isn't backward makes again. The tiles' shares of the gradients by weights and biases are kept apart and added in their order,
+// as one thread adds them, a group of tiles at a time.
 struct ByTile {
-    const Tiles& s; int threads;
+    const Batch& b; int threads;
+    std::vector<Layer> row;
 
-    int slots() const { return int(std::min<i64>(threads, s.b.tiles)); }
-    bool even() const { return shared_evenly(s.b.tiles, threads); }
-
-    void forward(const Source& x, const float* values, const float* bias, const Target& out) const {
-        const i64 nx = s.x_floats(), ny = s.y_floats();
-        Scratch xp(x.packed ? 0 : nx * slots()), y(out.packed ? 0 : ny * slots());
-        parallel_for(s.b.tiles, threads, [&](i64 t, int k) { s.forward(t, x, values, bias, out, xp.data() + k * nx, y.data() + k * ny); });
+    bool even() const { return shared_evenly(b.tiles, threads); }
+    int slots() const { return int(std::min<i64>(threads, b.tiles)); }
+    template <class F> i64 most(F&& floats) const {
+        i64 n = 0;
+        for (const Layer& l : row) n = std::max(n, floats(l.tiles));
+        return n;
+    }
+    i64 x_floats() const { return most([](const Tiles& t) { return t.x_floats(); }); }
+    i64 y_floats() const { return most([](const Tiles& t) { return t.y_floats(); }); }
+    // Where the inputs of layer i > 0 are, or would be if `space`, which has a tile's of all layers, were for the whole batch.
+    float* between(i64 t, size_t i, float* space) const {
+        for (size_t j = 1; j < i; ++j) space += b.most() * row[j].cols();
+        return space - b.start(t) * row[i].cols();
+    }
+    i64 between_floats() const {
+        i64 n = 0;
+        for (size_t i = 1; i < row.size(); ++i) n += b.most() * row[i].cols();
+        return n;
     }
 
-    i64 share() const { return round_up(s.a.nnz(), s.b.width) + s.a.rows; }
+    float* input(i64 t, size_t i, float* space) const { return row[i - 1].kept ? row[i - 1].kept : between(t, i, space); }
+    bool kept() const { return row.size() < 2 || row[0].kept; }   // for all layers or none
+
+    // The first n layers, of which the last one of the row writes to `out`.
+    void forward(i64 t, size_t n, Source x, const Target& out, float* xp, float* y, float* h) const {
+        for (size_t i = 0; i < n; ++i) {
+            const Layer& l = row[i];
+            const Target to = i + 1 < row.size() ? Target{input(t, i + 1, h), l.rows(), true, l.relu} : out;
+            l.tiles.forward(t, x, l.values, l.bias, to, xp, y);
+            x = {to.data, l.rows(), true};
+        }
+    }
+
+    void forward(const Source& x, const Target& out) const {
+        const i64 nx = x_floats(), ny = y_floats(), nh = between_floats();
+        Scratch xp(nx * slots()), y(ny * slots()), h(nh * slots());
+        parallel_for(b.tiles, threads, [&](i64 t, int k) { forward(t, row.size(), x, out, xp.data() + k * nx, y.data() + k * ny, h.data() + k * nh); });
+    }
+
+    i64 share() const {
+        i64 n = 0;
+        for (const Layer& l : row) n += l.share();
+        return n;
+    }
     // Tiles whose shares of the gradients are kept at a time: a multiple of the threads, in 16 MB where that is possible.
     i64 group() const {
         constexpr i64 most = i64(4) << 20;  // floats
-        return std::min(s.b.tiles, std::max<i64>(most / share() / threads * threads, threads));
+        return std::min(b.tiles, std::max<i64>(most / share() / threads * threads, threads));
+    }
+    // The first layer of which something is wanted.
+    size_t first(const Target& dx) const {
+        size_t i = 0;
+        while (!dx.data && i + 1 < row.size() && !row[i].wanted()) ++i;
+        return i;
     }
 
-    void backward(const Backward& all) const {
-        const i64 nx = s.x_floats(), ny = s.y_floats();
-        const bool apart = (all.dvalues || all.dbias) && threads > 1;
-        const i64 n = apart ? group() : s.b.tiles;
-        Scratch xp(all.dvalues && !all.x.packed ? nx * slots() : 0), dxp(all.dx.data && !all.dx.packed ? nx * slots() : 0);
-        Scratch g(all.dy.packed ? 0 : ny * slots()), shares(apart ? n * share() : 0);
-        for (i64 t0 = 0; t0 < s.b.tiles; t0 += n) {
-            const i64 count = std::min(n, s.b.tiles - t0);
+    // One thread's memory: x and its gradient packed, a block of outputs, what is between layers and its gradients.
+    struct Room { float *x, *dx, *y, *h, *dh; };
+
+    // `shares`: where to put the tile's share of the gradients; null: to them.
+    void backward(i64 t, const Source& x, Source dy, const Target& dx, float* shares, bool add, const Room& r) const {
+        if (!kept()) forward(t, row.size() - 1, x, {nullptr, 0}, r.x, r.y, r.h);
+        for (size_t i = row.size(), from = first(dx); i-- > from;) {
+            const Layer& l = row[i];
+            const Source in = i ? Source{input(t, i, r.h), l.cols(), true} : x;
+            const Target to = i > from ? Target{between(t, i, r.dh), l.cols(), true, false, row[i - 1].relu ? in.data : nullptr} : i ? Target{nullptr, 0} : dx;
+            Backward k{in, dy, l.values, to, l.dvalues, l.dbias, add};
+            if (shares) {
+                if (k.dvalues) k.dvalues = shares;
+                if (k.dbias) k.dbias = shares + l.share() - l.rows();
+                shares += l.share();
+            }
+            l.tiles.backward(t, k, r.x, r.dx, r.y);
+            dy = {to.data, l.cols(), true};
+        }
+    }
+
+    void backward(const Source& x, const Source& dy, const Target& dx) const {
+        const i64 nx = x_floats(), ny = y_floats(), nh = between_floats(), nr = 2 * nx + ny + 2 * nh;
+        const bool apart = share() && threads > 1;
+        const i64 n = apart ? group() : b.tiles;
+        Scratch space(nr * slots()), shares(apart ? n * share() : 0);
+        for (i64 t0 = 0; t0 < b.tiles; t0 += n) {
+            const i64 count = std::min(n, b.tiles - t0);
             parallel_for(count, threads, [&](i64 i, int slot) {
-                Backward k = all;
-                if (apart && t0 + i) {
-                    float* mine = shares.data() + i * share();
-                    if (k.dvalues) k.dvalues = mine;
-                    if (k.dbias) k.dbias = mine + share() - s.a.rows;
-                } else k.add = t0 + i > 0;
-                s.backward(t0 + i, k, xp.data() + slot * nx, dxp.data() + slot * nx, g.data() + slot * ny);
+                float* p = space.data() + slot * nr;
+                const bool own = apart && t0 + i;
+                backward(t0 + i, x, dy, dx, own ? shares.data() + i * share() : nullptr, !own && t0 + i, {p, p + nx, p + 2 * nx, p + 2 * nx + ny, p + 2 * nx + ny + nh});
             });
-            const i64 first = t0 ? 0 : 1;
-            if (apart && all.dvalues) add(shares.data(), first, count, s.a.nnz(), all.dvalues);
-            if (apart && all.dbias) add(shares.data() + share() - s.a.rows, first, count, s.a.rows, all.dbias);
+            if (!apart) continue;
+            const float* from = shares.data();
+            for (size_t i = row.size(); i-- > 0; from += row[i].share()) {
+                add(from, t0 ? 0 : 1, count, row[i].tiles.a.nnz(), row[i].dvalues);
+                add(from + row[i].share() - row[i].rows(), t0 ? 0 : 1, count, row[i].rows(), row[i].dbias);
+            }
         }
     }
 
     void add(const float* shares, i64 first, i64 count, i64 floats, float* dst) const {
         constexpr i64 part = 1 << 12;
+        if (!dst) return;
         parallel_for(ceil_div(floats, part), threads, [&](i64 k, int) {
             const i64 from = k * part, n = std::min(part, floats - from);
-            for (i64 i = first; i < count; ++i) s.isa.accumulate(shares + i * share() + from, n, dst + from);
+            for (i64 i = first; i < count; ++i) row[0].tiles.isa.accumulate(shares + i * share() + from, n, dst + from);
         });
     }
 };
@@ -398,11 +474,10 @@ void LinearPlan::forward(const float* x, i64 batch, const float* values, const f
     if (batch == 1) { multiply_one(isa, w_, rows_, x, values, bias, out, threads); return; }
     const Batch b(batch, isa.width, tile_vectors(isa));
     const auto ps = panels(false, b.most(), threads);
-    const Tiles tiles{isa, b, w_, *ps, *ps};
-    const ByTile by{tiles, threads};
+    const ByTile by{b, threads, {{{isa, b, w_, *ps, *ps}, values, bias, link.relu, nullptr, nullptr, nullptr}}};
     const Source from{x, cols(), link.x_packed};
     const Target to{out, rows(), link.y_packed, link.relu};
-    if (by.even()) by.forward(from, values, bias, to);
+    if (by.even()) by.forward(from, to);
     else Shared(isa, b, threads).forward(w_, *ps, from, values, bias, to);
 }
 
@@ -429,12 +504,49 @@ void LinearPlan::backward(const float* x, const float* dy, i64 batch, const floa
     }
     const Batch b(batch, isa.width, tile_vectors(isa));
     const auto ps = panels(false, b.most(), threads), pt = panels(true, b.most(), threads);
-    const Tiles tiles{isa, b, w_, *ps, *pt};
-    const ByTile by{tiles, threads};
+    const ByTile by{b, threads, {{{isa, b, w_, *ps, *pt}, values, nullptr, link.relu, nullptr, dvalues, dbias}}};
     const Backward k{{x, cols(), link.x_packed}, {dy, rows(), link.y_packed, link.relu && !link.y_packed ? out : nullptr}, values,
                      {dx, cols(), link.x_packed, false, link.gated ? x : nullptr}, dvalues, dbias, false};
-    if (by.even()) by.backward(k);
+    if (by.even()) by.backward(k.x, k.dy, k.dx);
     else Shared(isa, b, threads).backward(w_, *ps, *pt, k);
+}
+
+bool LinearPlan::whole_tiles(i64 batch, int threads) const {
+    const Isa& isa = current_isa();
+    return batch > 1 && shared_evenly(Batch(batch, isa.width, tile_vectors(isa)).tiles, threads);
+}
+
+// f(batch, the layers ready for it); `backward`: with their panels of columns as well.
+template <class F> void LinearPlan::with_row(const std::vector<RowLayer>& row, i64 batch, bool backward, int threads, F&& f) {
+    const Isa& isa = current_isa();
+    const LinearPlan *first = row.front().plan, *before = nullptr;
+    for (const RowLayer& l : row) {
+        if (!l.plan->rows() || !l.plan->cols() || !l.plan->whole_tiles(batch, threads)) throw std::invalid_argument("a row of layers needs features, and a batch whose tiles the threads share evenly");
+        if (l.plan->tile_vectors(isa) != first->tile_vectors(isa)) throw std::invalid_argument("the layers of a row have different tiles");
+        if (before && before->rows() != l.plan->cols()) throw std::invalid_argument("the layers of a row don't fit together");
+        before = l.plan;
+    }
+    const Batch b(batch, isa.width, first->tile_vectors(isa));
+    std::vector<std::shared_ptr<const Panels>> keep;
+    ByTile by{b, threads, {}};
+    for (const RowLayer& l : row) {
+        const auto ps = l.plan->panels(false, b.most(), threads), pt = backward ? l.plan->panels(true, b.most(), threads) : ps;
+        by.row.push_back({{isa, b, l.plan->w_, *ps, *pt}, l.values, l.bias, l.relu, l.kept, l.dvalues, l.dbias});
+        keep.insert(keep.end(), {ps, pt});
+    }
+    f(by);
+}
+
+void LinearPlan::forward(const std::vector<RowLayer>& row, const float* x, i64 batch, float* out, int threads) {
+    with_row(row, batch, false, threads, [&](const ByTile& by) {
+        by.forward({x, by.row.front().cols()}, {out, by.row.back().rows(), false, by.row.back().relu});
+    });
+}
+
+void LinearPlan::backward(const std::vector<RowLayer>& row, const float* x, const float* dy, const float* out, i64 batch, float* dx, int threads) {
+    with_row(row, batch, true, threads, [&](const ByTile& by) {
+        by.backward({x, by.row.front().cols()}, {dy, by.row.back().rows(), false, by.row.back().relu ? out : nullptr}, {dx, by.row.front().cols()});
+    });
 }
 
 }  // namespace fastsparse

@@ -67,6 +67,17 @@ struct Link {
     bool any() const { return x_packed || y_packed || relu || gated; }
 };
 
+class LinearPlan;
+
+// A layer of a row that is computed tile by tile.
+struct RowLayer {
+    const LinearPlan* plan;
+    const float *values, *bias;
+    bool relu;                 // of its output
+    float* kept = nullptr;     // memory for the packed output, but the last one's, kept from forward to backward; for all layers or none
+    float *dvalues = nullptr, *dbias = nullptr;   // wanted gradients
+};
+
 class LinearPlan {
 public:
     LinearPlan(const i64* indptr, i64 n_indptr, const i32* idx, i64 nnz, i64 rows, i64 cols);
@@ -77,6 +88,11 @@ public:
     // Any gradient may be null; computed together they share one packed copy of dy. `out`, for a ReLU whose output is not packed, is that.
     void backward(const float* x, const float* dy, i64 batch, const float* values, float* dx, float* dvalues, float* dbias, int threads,
                   Link link = {}, const float* out = nullptr) const;
+    // Do the threads share a batch by whole tiles? Layers of which they do, with the same `tile_vectors`, can be computed in a row:
+    // what is between them goes on from a core's cache, and if it isn't kept backward computes it again; `out` is needed after a last ReLU.
+    bool whole_tiles(i64 batch, int threads) const;
+    static void forward(const std::vector<RowLayer>& row, const float* x, i64 batch, float* out, int threads);
+    static void backward(const std::vector<RowLayer>& row, const float* x, const float* dy, const float* out, i64 batch, float* dx, int threads);
     // Between rows of `dim` and the packed form in which this layer would read or write them.
     void pack(const float* rows, i64 batch, i64 dim, float* packed, int threads) const;
     void unpack(const float* packed, i64 batch, i64 dim, float* rows, int threads) const;
@@ -86,6 +102,7 @@ private:
     struct Cached { bool transposed; std::shared_ptr<const Panels> panels; };
     std::shared_ptr<const Panels> panels(bool transposed, i64 lanes, int threads) const;
     struct Columns { Csr csr; std::vector<Seg> segs; };
+    template <class F> static void with_row(const std::vector<RowLayer>& row, i64 batch, bool backward, int threads, F&& f);
     const Columns& columns() const;   // for a single item, made when it is first needed
     Csr w_;
     std::vector<Seg> rows_;

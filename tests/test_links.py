@@ -9,7 +9,7 @@ from fastai.layers import LinBnDrop
 from fastsparse import (DynamicSparseTrainingCallback, RigL_presets, SET_presets, SparseKernelsCallback, SparseLinear, kernels, sparse_kernels_report,
                         sparsify_model)
 from fastsparse.layers import compress
-from fastsparse.links import KernelEncoder, KernelSequential, LinkedFunction, linking_types, may_link
+from fastsparse.links import KernelEncoder, KernelSequential, LinkedFunction, Row, RowFunction, linking_types, may_link
 from fastsparse.neighbours import use_torch
 from conftest import quiet, toy_dls
 
@@ -17,9 +17,13 @@ pytestmark = pytest.mark.skipif(not kernels.kernels_available(), reason=kernels.
 
 @pytest.fixture
 def linked_calls(monkeypatch):
-    "What `LinkedFunction` was called for: (x packed, y packed, ReLU)."
-    calls,apply = [],LinkedFunction.apply
-    monkeypatch.setattr(LinkedFunction, 'apply', lambda *a: (calls.append((a[-1].x_packed, a[-1].y_packed, a[-1].relu)), apply(*a))[1])
+    "What layers were linked for, (x packed, y packed, ReLU), whether each by itself or in a row."
+    calls,one,whole = [],LinkedFunction.apply,RowFunction.apply
+    def in_row(x, r, *params):
+        calls.extend((i > 0, i < len(r.plans)-1, relu) for i,relu in enumerate(r.relus))
+        return whole(x, r, *params)
+    monkeypatch.setattr(LinkedFunction, 'apply', lambda *a: (calls.append((a[-1].x_packed, a[-1].y_packed, a[-1].relu)), one(*a))[1])
+    monkeypatch.setattr(RowFunction, 'apply', in_row)
     return calls
 
 def row(sizes, sparsities, acts, bias=True):
@@ -30,7 +34,7 @@ def row(sizes, sparsities, acts, bias=True):
 def results(m, x, dy):
     x = x.clone().requires_grad_()
     y = m(x)
-    return [y.detach(), *torch.autograd.grad(y, [x, *m.parameters()], dy)]
+    return [y.detach(), *torch.autograd.grad(y, [x, *(p for p in m.parameters() if p.requires_grad)], dy)]
 
 def as_kernel(m):
     m = deepcopy(m)
@@ -75,6 +79,83 @@ def _check_pair(batch, n_in, n_hidden, n_out, density, threads, seed):
     np.testing.assert_array_equal(rows, h)
     a.pack(rows, again, threads)
     np.testing.assert_array_equal(again, hp)                      # padding included, which is zero
+
+# rows of layers, tile by tile
+
+def _draw_row(rng, sizes, density, batch, relus):
+    plans = [kernels.LinearPlan.from_mask(rng.random((o, i)) < density) for i,o in zip(sizes, sizes[1:])]
+    new = lambda *s: rng.standard_normal(s, dtype=np.float32)
+    return plans,new(batch, sizes[0]),new(batch, sizes[-1]),[new(p.nnz) for p in plans],[new(p.n_rows) if i else None for i,p in enumerate(plans)],relus
+
+def _layer_by_layer(plans, x, dy, values, biases, relus, threads):
+    hs,grads = [x],[]
+    for p,v,b,relu in zip(plans, values, biases, relus):
+        h = np.empty((len(x), p.n_rows), np.float32)
+        p.forward(hs[-1], v, b, h, threads)
+        hs.append(np.maximum(h, 0) if relu else h)
+    for p,v,b,relu,h,y in reversed([*zip(plans, values, biases, relus, hs, hs[1:])]):
+        g = np.where(y > 0, dy, 0).astype(np.float32) if relu else dy
+        dy,dv,db = np.empty_like(h),np.empty_like(v),np.empty(p.n_rows, np.float32)
+        p.backward(h, g, v, dy, dv, threads, dbias=db)
+        grads.append((dv, db))
+    return hs[-1], dy, grads[::-1]
+
+@settings(max_examples=80, deadline=None)
+@given(st.sampled_from(kernels.available_isas()), st.integers(2, 700), st.lists(st.integers(1, 250), min_size=2, max_size=5), st.floats(0, 1), st.booleans(),
+       st.booleans(), st.booleans(), st.sampled_from([1, 2, 3]), st.integers(0, 2**31))
+def test_bits_of_a_row(isa, batch, sizes, density, few, keep, last_relu, threads, seed):
+    old = kernels.isa()
+    kernels.set_isa(isa)
+    try: _check_row(batch, sizes, density*.015 if few else density, keep, last_relu, threads, seed)
+    finally: kernels.set_isa(old)
+
+def _check_row(batch, sizes, density, keep, last_relu, threads, seed):
+    rng = np.random.default_rng(seed)
+    plans,x,dy,values,biases,relus = _draw_row(rng, sizes, density, batch, [True]*(len(sizes)-2) + [last_relu])
+    args = plans,x,values,biases,relus
+    empty = lambda *s: np.full(s, np.nan, np.float32)
+    kept,y,dx,dvs,dbs = [empty(p.packed_size(batch, p.n_rows)) for p in plans[:-1]] if keep else [],empty(*dy.shape),empty(*x.shape),[empty(p.nnz) for p in plans],[empty(p.n_rows) for p in plans]
+    if not plans[0].whole_tiles(batch, threads) or len({p.tile_vectors for p in plans}) > 1:
+        with pytest.raises(ValueError, match='tiles'): kernels.row_forward(*args, kept, y, threads)
+        return
+    want,want_dx,grads = _layer_by_layer(plans, x, dy, values, biases, relus, threads)
+    kernels.row_forward(*args, kept, y, threads)
+    back = lambda dx, dvs, dbs: kernels.row_backward(plans, x, dy, values, biases, relus, kept, y, dx, dvs, dbs, threads)
+    back(dx, dvs, dbs)
+    some,none = [None, *map(np.empty_like, dvs[1:])],[None]*len(plans)
+    back(None, some, none)
+    for got,ok in ((y,want), (dx,want_dx), *zip(dvs, [g for g,_ in grads]), *zip(dbs, [g for _,g in grads]), *zip(some[1:], dvs[1:])): np.testing.assert_array_equal(got, ok)
+
+def test_wrong_rows_are_exceptions():
+    plans,x,dy,values,biases,relus = _draw_row(np.random.default_rng(0), (6, 5, 4), 1., 9, (True, True))
+    y,kept = np.empty_like(dy),[np.empty(plans[0].packed_size(9, 5), np.float32)]
+    ok = dict(plans=plans, x=x, values=values, biases=biases, relus=relus, kept=kept, out=y, threads=1)
+    kernels.row_forward(**ok)
+    wrong = dict(plans=plans[:1]), dict(plans=[]), dict(plans=plans[::-1], values=values[::-1], biases=[None, None], kept=[]), dict(values=values[:1]), dict(biases=[None]), dict(relus=[True]), dict(x=x[:, :5]), dict(x=x[:1], out=y[:1], kept=[]), \
+            dict(kept=kept*2), dict(kept=[kept[0][1:]]), dict(out=y[1:]), dict(values=[values[0], values[1][1:]])
+    for w in wrong:
+        with pytest.raises(ValueError): kernels.row_forward(**{**ok, **w})
+    for w in dict(x=x.astype(np.float64)), dict(out=None), dict(plans=[1, 2]):
+        with pytest.raises((TypeError, AttributeError)): kernels.row_forward(**{**ok, **w})
+    back = {**ok, 'dy': dy, 'dx': np.empty_like(x), 'dvalues': [None, None], 'dbiases': [None, None]}
+    kernels.row_backward(**back)
+    for w in dict(dvalues=[None]), dict(dbiases=[]), dict(dy=dy[1:]), dict(dx=x[1:]), dict(dvalues=[None, values[0]]):
+        with pytest.raises(ValueError): kernels.row_backward(**{**back, **w})
+    with pytest.raises(TypeError): kernels.row_backward(**{**back, 'out': None})
+
+def test_what_a_row_keeps():
+    plan = lambda density, n=2048: kernels.LinearPlan.from_mask(np.random.default_rng(0).random((n, 64)) < density)
+    keeps = lambda batch, *ds, trains=True: Row((batch,), 1, 'scalar', (*map(plan, ds), plan(.5, 8)), (True,)*(len(ds)+1), trains).keeps
+    assert keeps(2048, .1) and keeps(1024, .01) and not keeps(2048, .01) and not keeps(600, .01, .01) and not keeps(64, .1, trains=False)
+
+@pytest.mark.parametrize('sparsity', [.8, .995])
+def test_a_large_row_is_trained_like_its_layers(sparsity):
+    m = row((40, 2000, 30), (sparsity, sparsity), (nn.ReLU(), nn.ReLU()))
+    x,dy = torch.randn(1200, 40),torch.randn(1200, 30)
+    seen = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (seen.append(t.numel()), t)[1], lambda t: t): as_kernel(m)(x.requires_grad_())
+    assert (max(seen) >= 1200*2000) == (sparsity == .8)          # what is between is kept, or isn't
+    for a,b in zip(results(m, x.detach(), dy), results(as_kernel(m), x.detach(), dy)): assert torch.equal(a, b)
 
 @pytest.mark.parametrize('batch', [3, 16, 37])
 @pytest.mark.parametrize('bad', [np.inf, -np.inf, np.nan])
@@ -235,14 +316,15 @@ def test_born_sparse_layers_are_linked(linked_calls):
     m,x = KernelSequential(SparseLinear(20, 30, sparsity=.8), nn.ReLU(), SparseLinear(30, 10, sparsity=.8)),torch.randn(8, 20)
     assert torch.equal(m(x), m[2](F.relu(m[0](x)))) and len(linked_calls) == 2
 
-@pytest.mark.parametrize('name', ['forward_linked', 'backward_linked'])
-def test_a_failing_kernel_falls_back_to_dense(name, monkeypatch):
-    m = row((20, 30, 10, 10), (.8, .8, .8), (nn.ReLU(), nn.GELU(), nn.ReLU()))
+@pytest.mark.parametrize('where,name', [(kernels.LinearPlan, 'forward_linked'), (kernels.LinearPlan, 'backward_linked'), (kernels, 'row_forward'), (kernels, 'row_backward')])
+def test_a_failing_kernel_falls_back_to_dense(where, name, monkeypatch):
+    m = row((20, 30, 10, 10), (.8, .8, .8), (nn.ReLU(), nn.GELU() if 'linked' in name else nn.Identity(), nn.ReLU()))
+    if 'row' in name: m[0].bias.requires_grad_(False)
     x,dy = torch.randn(37, 20),torch.randn(37, 10)
     want = results(m, x, dy)
     k = as_kernel(m)
     def fail(*a, **kw): raise RuntimeError('out of luck')
-    monkeypatch.setattr(kernels.LinearPlan, name, fail)
+    monkeypatch.setattr(where, name, fail)
     for a,b in zip(results(k, x, dy), want): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 # in training

@@ -71,6 +71,26 @@ double density() { static const double d[] = {0, .02, .1, .3, 1}; return d[draw(
 
 using Doubles = std::vector<double>;
 
+// The same layer after another one and a ReLU, tile by tile: what comes out of that is x, its ReLU taken for granted.
+void in_row(const LinearPlan& plan, i64 b, int threads, Buffer& x, Buffer& v, Buffer& bias, Buffer& dy, Buffer& y, Buffer& dv) {
+    const i64 rows = plan.rows(), cols = plan.cols();
+    std::vector<i64> indptr(size_t(cols) + 1);
+    std::vector<i32> idx(static_cast<size_t>(cols));
+    for (i64 i = 0; i < cols; ++i) { indptr[size_t(i) + 1] = i + 1; idx[size_t(i)] = i32(i); }
+    const LinearPlan same(indptr.data(), cols + 1, idx.data(), cols, cols, cols);
+    const Isa& isa = current_isa();
+    if (!plan.whole_tiles(b, threads) || plan.tile_vectors(isa) != same.tile_vectors(isa)) return;
+    Buffer ones(cols, false), none(cols, false), got(b * rows, false), dx(b * cols, false), got_dv(plan.nnz(), false), d1(cols, false), kept(cols * LinearPlan::packed_lanes(b), false);
+    for (i64 i = 0; i < cols; ++i) { ones[i] = 1; none[i] = 0; }
+    for (float* keep : {static_cast<float*>(nullptr), kept.data()}) {
+        const std::vector<RowLayer> row{{&same, ones.data(), none.data(), false, keep, d1.data(), nullptr}, {&plan, v.data(), bias.data(), true, nullptr, got_dv.data(), nullptr}};
+        LinearPlan::forward(row, x.data(), b, got.data(), threads);
+        LinearPlan::backward(row, x.data(), dy.data(), got.data(), b, dx.data(), threads);
+        compare("row out", std::move(got), {y.data(), y.data() + y.n}, cols);
+        compare("row dvalues", std::move(got_dv), {dv.data(), dv.data() + dv.n}, b);
+    }
+}
+
 // The same layer with packed neighbours behind and before it, both with a ReLU between, and with a ReLU after it.
 void linked(const LinearPlan& plan, i64 b, int threads, Buffer& x, Buffer& v, Buffer& bias, Buffer& dy, Doubles out, Doubles dx, const Doubles& dv, const Doubles& db) {
     const i64 rows = plan.rows(), cols = plan.cols(), lanes = LinearPlan::packed_lanes(b);
@@ -94,6 +114,7 @@ void linked(const LinearPlan& plan, i64 b, int threads, Buffer& x, Buffer& v, Bu
     for (i64 i = 0; i < y.n; ++i) g[i] = y[i] > 0 ? dy[i] : 0;
     plan.backward(x.data(), dy.data(), b, v.data(), dx1.data(), dv1.data(), nullptr, threads, {false, false, true}, y.data());
     plan.backward(x.data(), g.data(), b, v.data(), dx2.data(), dv2.data(), nullptr, threads);
+    in_row(plan, b, threads, x, v, bias, dy, y, dv1);
     compare("relu out", std::move(y), out, cols);
     compare("relu dx", std::move(dx1), {dx2.data(), dx2.data() + dx2.n}, rows);
     compare("relu dvalues", std::move(dv1), {dv2.data(), dv2.data() + dv2.n}, b);
