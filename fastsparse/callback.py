@@ -26,6 +26,7 @@ from .score import (gradient_magnitude, gradient_momentum, has_momentum, is_elem
 from .topology import n_true, apply_masks, check_mask, drop_and_grow, grad_mask, set_masks, sparse_params, sparseable_params, zero_off_mask_, _hooked, _drop_hooks, GradMask
 from .layers import hold_interrupts
 from .links import linking_types, _Steps
+from .steps import fuse_steps, plain_steps, why_not_fused
 from .training import CompressedUpdate, SparseCompute, expand_model, hide_compression, param_compressed, updates_compressed
 
 # %% ../nbs/07_callback.ipynb #c98a0f5a
@@ -109,6 +110,7 @@ class KernelSwitch:
     def start(self, learn, dense_grad=lambda p: False):
         "Before fit. Raises `ValueError` if kernels are insisted on and some layer can't use them."
         self.compute,self.stale = None,True
+        plain_steps(learn.opt)      # an interrupted run may have left it fused
         if self.mode is False: return
         self.compute = learn.sparse_compute = SparseCompute(learn.model, learn.opt, self.mode, self.threshold, dense_grad)
         self.compute.watch()
@@ -132,18 +134,28 @@ class KernelSwitch:
         if self.compute is None or not self.stale or not self.compute.inputs: return
         self.compute.decide()
         self.compute.sparse()
+        self._set_steps()
         self.stale = False
+
+    def _set_steps(self):
+        "Fused steps while layers are on the kernels, fastai's otherwise."
+        opt = self.compute.opt
+        why = why_not_fused(opt) if self.compute.chosen else 'no layer is on the kernels'
+        plain_steps(opt) if why else fuse_steps(opt)
+        self.compute.near.log['(optimizer)'] = dict(dense_ms=None, sparse_ms=None, chosen='fastai' if why else 'fused', why=why or 'one pass over each parameter')
 
     def stop(self):
         "After fit."
         if self.compute is None: return
-        if self.keep: self.compute.let_go()
-        else: self.compute.stop()
+        if self.keep: return self.compute.let_go()
+        plain_steps(self.compute.opt)
+        self.compute.stop()
 
     def state_dict(self): return {} if self.compute is None or self.compute.model is None else dict(self.compute.state_dict(), stale=self.stale)
     def load_state_dict(self, sd):
         if self.compute is None or not sd: return
         self.compute.load_state_dict(sd)
+        if self.compute.settled: self._set_steps()
         self.stale = sd['stale']
 
 # %% ../nbs/07_callback.ipynb #c3cb3545
@@ -181,7 +193,7 @@ class SparseKernelsCallback(_QuickCallback):
 # %% ../nbs/07_callback.ipynb #70bff993
 def sparse_kernels_report(
     learn, # A learner that has trained with `sparse_kernels` on
-    neighbours:bool=False, # Also what stands between sparse layers: batch normalisation, pooling, rows of layers that hand packed batches on?
+    neighbours:bool=False, # Also what stands between sparse layers: batch normalisation, pooling, rows of layers that hand packed batches on, the optimizer?
 ) -> pd.DataFrame: # One row per masked layer: sparsity, milliseconds of forward and backward, what was chosen and why
     "How each layer computed last, and why. Raises `ValueError` if nothing was decided yet."
     compute = vars(learn).get('sparse_compute')

@@ -632,15 +632,16 @@ def test_nothing_imports_upward():
             if imp[:1] != '.' or imp[1:] not in order: continue
             assert order[imp[1:]] < n, f'{mod} (notebook {n}) imports {imp[1:]} (notebook {order[imp[1:]]})'
 
-def test_fastai_is_imported_by_the_callback_first():
+def test_fastai_is_imported_by_the_steps_first():
     order = numbered()
     for mod,n in order.items():
-        if n < order['callback']: assert not [i for i in imports(root/'fastsparse'/f'{mod}.py') if i.split('.')[0] in ('fastai', 'torchvision')], mod
+        if n < order['steps']: assert not [i for i in imports(root/'fastsparse'/f'{mod}.py') if i.split('.')[0] in ('fastai', 'torchvision')], mod
+        assert ('.steps' in imports(root/'fastsparse'/f'{mod}.py')) == (mod == 'callback'), mod
 
 def test_importing_brings_no_more_than_it_needs():
     "Nothing but the standard library for `fastsparse`, no fastai for its torch level, no vision for the callback"
     order = numbered()
-    mods = [m for m,n in order.items() if n < order['callback'] or m == 'torch']
+    mods = [m for m,n in order.items() if n < order['steps'] or m == 'torch']
     code = f"""
 import sys
 def loaded(*names): return [m for m in sys.modules if m.split('.')[0] in names or m in names]
