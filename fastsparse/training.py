@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CompressedAttention', 'DenseGradFunction', 'DenseGrad', 'DenseGradLinear', 'DenseGradConv2d', 'set_dense_grad',
            'why_not_param', 'param_compressed', 'compress_param', 'expand_param', 'compress_params', 'expand_model',
-           'best_vacant', 'CompressedUpdate', 'updates_compressed', 'hide_compression', 'show_compression',
-           'cache_path', 'TimingCache', 'layer_timing', 'SparseCompute']
+           'best_vacant', 'best_by_bf16', 'CompressedUpdate', 'updates_compressed', 'hide_compression',
+           'show_compression', 'cache_path', 'TimingCache', 'layer_timing', 'SparseCompute']
 
 # %% ../nbs/06a_training.ipynb #2de35d24
 import json, numpy as np, os, platform
@@ -23,7 +23,7 @@ from .layers import (LinearGeometry, SparseConv2d, SparseLinear, active_index, c
                                run_forward, say_once, scatter, sparse_apply, training_step, why_dense, why_not_compress)
 from .neighbours import Neighbours, use_torch
 from .score import call_score, gradient_magnitude, opt_slots, random_score
-from .topology import SparseParam, sampled_floor, sparse_params, top_k, top_k_index
+from .topology import SparseParam, n_true, sampled_floor, sparse_params, top_k, top_k_index
 
 # %% ../nbs/06a_training.ipynb #f8faca1a
 class CompressedAttention(nn.MultiheadAttention):
@@ -386,12 +386,51 @@ def _grid_floor(geom, uses, mask, k, side=192):
     "A floor from the gradient on a grid of a Linear's weight: one small product."
     if not isinstance(geom, LinearGeometry) or mask.numel() < 16*side**2: return None
     a,b = (max(1, n//side) | 1 for n in mask.shape)
-    rows = torch.arange(0, len(mask), a)
-    g = torch.zeros(len(rows), len(range(0, mask.shape[1], b)))
+    g = torch.zeros(-(-len(mask)//a), -(-mask.shape[1]//b))
     for x,dy,row in uses:
-        here = (rows >= row) & (rows < row+dy.shape[1])
-        g[here] += dy[:,rows[here]-row].t() @ x[:,::b]
+        first = -row % a        # of its rows on the grid
+        part = dy[:,first::a].t() @ x[:,::b]
+        g[(row+first)//a:][:len(part)] += part
     return _block_floor(g, mask[::a,::b], k)
+
+
+# %% ../nbs/06a_training.ipynb #06ab0002
+@lru_cache
+def _quick_bf16(isa):
+    "Are bfloat16 products much faster than others?"
+    return kernels._kernels.collects_bf16() and getattr(torch.cpu, '_is_amx_tile_supported', bool)()
+
+def _error_bf16(x, dy):
+    "The most by which rounding to bfloat16 changes an entry in each row of the product of `dy.t()` and `x`, sums in float32 included."
+    x2,dy2 = (t.square().sum(0) for t in (x, dy))
+    return (1.003*2**-8 + len(x)*2**-22)*(x2.max()*dy2).sqrt()
+
+def _exact(geom, structure, x, dy): return run_backward(geom, plan_for(geom, *structure), x, dy, None, None, False, True)[1].abs_()
+
+def best_by_bf16(
+    x:torch.Tensor,    # Input of a Linear, float32 (batch, columns)
+    dy:torch.Tensor,   # Gradient by its output, float32 (batch, rows)
+    mask:torch.Tensor, # Bool (rows, columns), as in `best_vacant`, as the next ones
+    ptr:torch.Tensor,
+    idx:torch.Tensor,
+    k:int,             # How many to choose; fewer than are vacant
+    floor:float,       # A guess of the lowest score that counts
+) -> tuple: # `best_vacant` of the gradient's blocks; `None` if the guess was wrong or three digits say too little
+    "The vacant positions where the weight's gradient is largest, found by a product in bfloat16 and confirmed in float32."
+    (n_rows,n_cols),least = mask.shape,(floor-_error_bf16(x, dy))*(1-2**-7)      # the last factor: the result is rounded too
+    if not (least > max(floor/2, 1e-25)).all(): return None                      # NaN and what AMX takes for 0 included
+    a,b,step = dy.bfloat16().t().contiguous(),x.bfloat16(),max(1, 2**21//n_cols)
+    room,pos,found = torch.empty(step, n_cols, dtype=a.dtype),np.empty(step*n_cols, np.int32),[]
+    for first in range(0, n_rows, step):
+        taken = mask[first:first+step]
+        g = torch.mm(a[first:first+step], b, out=room[:len(taken)])
+        n,finite = kernels._kernels.collect(g.view(torch.int16).view(-1).numpy(), taken.reshape(-1).numpy(), float(least[first:first+step].min()), pos[:g.numel()], None)
+        if not finite: return None
+        found.append(torch.from_numpy(pos[:n].astype(np.int64)).add_(first*n_cols))
+    geom,found = LinearGeometry(n_rows, n_cols),torch.cat(found)
+    score,active = (_exact(geom, s, x, dy) for s in (csr_from_index(found, n_rows, n_cols), (ptr, idx)))
+    if n_true(score >= floor) < k or not (score.sum() + active.sum()).isfinite(): return None
+    return *_best_of(found, score, k), active
 
 
 # %% ../nbs/06a_training.ipynb #ab0de501
@@ -487,8 +526,14 @@ class CompressedUpdate:
         if self.best is not None or not self.finite: return
         if self.wants_grad and not (self.uses or self.grad is not None): return
         blocks,floor = self._blocks()
-        self.best = best_vacant(blocks, self.p.mask.view(self.shape), *self.structure, self.k, floor)
+        self.best = self._by_bf16(floor) or best_vacant(blocks, self.p.mask.view(self.shape), *self.structure, self.k, floor)
         self.finite,self.uses,self.grad = self.best is not None,[],None
+
+    def _by_bf16(self, floor):
+        if not (floor and self.k and self.wants_grad and len(self.uses) == 1 and _native(self.uses[0][0]) and _quick_bf16(kernels.isa())): return None
+        x,dy,_ = self.uses[0]
+        if dy.shape[1] != self.shape[0] or self.p.mask.numel() < 2**20: return None
+        return best_by_bf16(x, dy, self.p.mask, *self.structure, self.k, floor)
 
     def is_finite(self):
         if self.blockwise and self.wants_grad: self._look()

@@ -466,22 +466,30 @@ template <class T> py::array_t<T> given_away(std::vector<T>&& v) {
     return py::array_t<T>(py::ssize_t(own->size()), own->data(), py::capsule(own, [](void* p) { delete static_cast<std::vector<T>*>(p); }));
 }
 
-py::tuple collect_above(const Array& g, const Array& taken, float floor, const Array& pos, const Array& val, const py::object& threads) {
-    const i64 n = batch_of(g, "g", 1);
-    const float* gp = input(g, "g", {n});
+// What both ways to collect take: a mask of what is taken, and places for n positions.
+i32* collect_into(const Array& taken, const Array& pos, i64 n) {
     check(taken, "taken", boolean);
     check_shape(taken, "taken", {n});
     if (n > std::numeric_limits<i32>::max()) throw std::overflow_error("a block of more than 2^31-1 entries");
     check(pos, "pos", i32s);
     check_shape(pos, "pos", {n});
-    i32* pp = writeable(pos, "pos", static_cast<const i32*>(pos.data));
-    float* vp = output(val, "val", {n});
+    return writeable(pos, "pos", static_cast<const i32*>(pos.data));
+}
+
+py::tuple collect_above(const Array& g, const Array& taken, float floor, const Array& pos, const py::object& val, const py::object& threads) {
+    const i64 n = batch_of(g, "g", 1);
+    i32* pp = collect_into(taken, pos, n);
+    const bool half = val.is_none();
+    const bf16* hp = half ? bits_input(g, "g", {n}) : nullptr;
+    const float* gp = half ? nullptr : input(g, "g", {n});
+    float* vp = optional_output(val, "val", {n});
+    const uint8_t* tp = static_cast<const uint8_t*>(taken.data);
     const int t = threads_of(threads);
     bool finite = true;
     i64 found;
     {
         py::gil_scoped_release nogil;
-        found = collect(gp, static_cast<const uint8_t*>(taken.data), n, floor, pp, vp, finite, t);
+        found = half ? collect(hp, tp, n, floor, pp, finite, t) : collect(gp, tp, n, floor, pp, vp, finite, t);
     }
     return py::make_tuple(found, finite);
 }
@@ -565,6 +573,7 @@ PYBIND11_MODULE(_kernels, m) {
     m.def("widen", widen, "src"_a, "dst"_a);
     m.def("narrow", narrow, "src"_a, "dst"_a);
     m.def("collect", &collect_above, "g"_a, "taken"_a, "floor"_a, "pos"_a, "val"_a, "threads"_a = py::none());
+    m.def("collects_bf16", [] { return current_isa().collect_bf16 != nullptr; });
     m.def("pick", &pick_active, "g"_a, "indptr"_a, "indices"_a, "out"_a);
     m.def("ranks", &ranks_of, "sorted"_a, "queries"_a, "threads"_a = py::none());
     m.def("regrow", &regrown, "indptr"_a, "indices"_a, "cols"_a, "kept"_a, "fresh"_a);

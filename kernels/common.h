@@ -97,6 +97,11 @@ struct Isa {
                       float* dx);                                              // dx = a*dy + b*(x + shift) + c
     // out[i], tap[i] = the largest src[offset[t] + i] and its t; n is a multiple of 16
     void (*pool_row)(const float* src, const i64* offset, i64 taps, i64 n, float* out, float* tap);
+    // Positions i of first..last with |g[i]| >= the float of these bits that are not taken, and their |g[i]|: how many. `finite` becomes
+    // false if any g[i] is not.
+    i64 (*collect)(const float* g, const uint8_t* taken, i64 first, i64 last, i32 least, i32* pos, float* val, bool& finite);
+    // The same positions in bfloat16, `least` being bits of that; null where slow
+    i64 (*collect_bf16)(const bf16* g, const uint8_t* taken, i64 first, i64 last, i32 least, i32* pos, bool& finite);
     void (*widen)(const bf16* src, i64 n, float* dst);
     void (*narrow)(const float* src, i64 n, bf16* dst);  // to the nearest, ties to even; a NaN stays one
 

@@ -41,6 +41,11 @@ struct V {
         best.v = _mm256_blendv_ps(best.v, v.v, m);
         won.v = _mm256_blendv_ps(won.v, place.v, m);
     }
+    // The lanes, a bit for each, in which |a| reaches the float of these bits, which order like the numbers, NaN above all.
+    static uint32_t reaching(V a, i32 least) {
+        const __m256i size = _mm256_and_si256(_mm256_castps_si256(a.v), _mm256_set1_epi32(0x7fffffff));
+        return uint32_t(_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(size, _mm256_set1_epi32(least - 1)))));
+    }
     static void fence() { _mm_sfence(); }
     static __m256 pair(__m256 a, __m256 b) { return _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b)); }
     static __m256 quad(const float* b) {

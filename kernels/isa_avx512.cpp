@@ -10,6 +10,7 @@
 #define FS_NAME "avx512"
 #define FS_MASKS
 #define FS_QUADS
+#define FS_HALVES
 
 #ifdef __clang__
 #pragma clang attribute push(__attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma"))), apply_to = function)
@@ -48,6 +49,14 @@ struct V {
         const __mmask16 m = _mm512_cmp_ps_mask(v.v, best.v, _CMP_GT_OQ) | _mm512_cmp_ps_mask(v.v, v.v, _CMP_UNORD_Q);
         best.v = _mm512_mask_mov_ps(best.v, m, v.v);
         won.v = _mm512_mask_mov_ps(won.v, m, place.v);
+    }
+    // The lanes, a bit for each, in which |a| reaches the float of these bits, which order like the numbers, NaN above all.
+    static uint32_t reaching(V a, i32 least) {
+        return _mm512_cmpge_epi32_mask(_mm512_and_si512(_mm512_castps_si512(a.v), _mm512_set1_epi32(0x7fffffff)), _mm512_set1_epi32(least));
+    }
+    // The same of 32 halves of floats.
+    static uint32_t reaching(const bf16* p, i32 least) {
+        return _mm512_cmpge_epi16_mask(_mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi16(0x7fff)), _mm512_set1_epi16(short(least)));
     }
     static void fence() { _mm_sfence(); }
     static __m512 pair(__m512 a, __m512 b) { return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)); }

@@ -41,6 +41,12 @@ struct V {
         best.v = vbslq_f32(m, v.v, best.v);
         won.v = vbslq_f32(m, place.v, won.v);
     }
+    // The lanes, a bit for each, in which |a| reaches the float of these bits, which order like the numbers, NaN above all.
+    static uint32_t reaching(V a, i32 least) {
+        const int32x4_t size = vandq_s32(vreinterpretq_s32_f32(a.v), vdupq_n_s32(0x7fffffff));
+        const uint32x4_t bit = {1, 2, 4, 8};
+        return vaddvq_u32(vandq_u32(vcgeq_s32(size, vdupq_n_s32(least)), bit));
+    }
     static void fence() {}
     static V reduce(const float* b) {
         return {vpaddq_f32(vpaddq_f32(vld1q_f32(b), vld1q_f32(b + 4)), vpaddq_f32(vld1q_f32(b + 8), vld1q_f32(b + 12)))};

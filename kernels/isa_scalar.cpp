@@ -31,6 +31,14 @@ struct V {
         for (int i = 0; i < 4; ++i)
             if (v.f[i] > best.f[i] || v.f[i] != v.f[i]) { best.f[i] = v.f[i]; won.f[i] = place.f[i]; }
     }
+    // The lanes, a bit for each, in which |a| reaches the float of these bits, which order like the numbers, NaN above all.
+    static uint32_t reaching(V a, i32 least) {
+        i32 bits[W];
+        std::memcpy(bits, a.f, sizeof bits);
+        uint32_t lanes = 0;
+        for (int i = 0; i < W; ++i) lanes |= uint32_t((bits[i] & 0x7fffffff) >= least) << i;
+        return lanes;
+    }
     static void fence() {}
     static V reduce(const float* b) {
         V s;

@@ -503,7 +503,7 @@ void LinearPlan::backward(const float* x, const float* dy, i64 batch, const floa
         return;
     }
     const Batch b(batch, isa.width, tile_vectors(isa));
-    const auto ps = panels(false, b.most(), threads), pt = panels(true, b.most(), threads);
+    const auto ps = panels(false, b.most(), threads), pt = dx ? panels(true, b.most(), threads) : ps;
     const ByTile by{b, threads, {{{isa, b, w_, *ps, *pt}, values, nullptr, link.relu, nullptr, dvalues, dbias}}};
     const Backward k{{x, cols(), link.x_packed}, {dy, rows(), link.y_packed, link.relu && !link.y_packed ? out : nullptr}, values,
                      {dx, cols(), link.x_packed, false, link.gated ? x : nullptr}, dvalues, dbias, false};

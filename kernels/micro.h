@@ -459,6 +459,45 @@ static void narrow(const float* src, i64 n, bf16* dst) {
     }
 }
 
+static i64 collect(const float* g, const uint8_t* taken, i64 first, i64 last, i32 least, i32* pos, float* val, bool& finite) {
+    i64 found = 0;
+    const auto hit = [&](i64 i) {
+        const float size = __builtin_fabsf(g[i]);
+        if (!(size <= 3.4028235e38f)) finite = false;
+        if (taken[i]) return;
+        pos[found] = (i32)i;
+        val[found++] = size;
+    };
+    i64 i = first;
+    for (; i + V::W <= last; i += V::W)
+        for (uint32_t lanes = V::reaching(V::load(g + i), least); lanes; lanes &= lanes - 1) hit(i + __builtin_ctz(lanes));
+    for (; i < last; ++i) {
+        i32 bits;
+        __builtin_memcpy(&bits, g + i, sizeof bits);
+        if ((bits & 0x7fffffff) >= least) hit(i);
+    }
+    return found;
+}
+
+#ifdef FS_HALVES
+static i64 collect_bf16(const bf16* g, const uint8_t* taken, i64 first, i64 last, i32 least, i32* pos, bool& finite) {
+    i64 found = 0;
+    const auto hit = [&](i64 i) {
+        if ((g[i] & 0x7fff) >= 0x7f80) finite = false;
+        if (!taken[i]) pos[found++] = (i32)i;
+    };
+    i64 i = first;
+    for (; i + 2 * V::W <= last; i += 2 * V::W)
+        for (uint32_t lanes = V::reaching(g + i, least); lanes; lanes &= lanes - 1) hit(i + __builtin_ctz(lanes));
+    for (; i < last; ++i)
+        if ((g[i] & 0x7fff) >= least) hit(i);
+    return found;
+}
+#define FS_BF16 &collect_bf16
+#else
+#define FS_BF16 nullptr
+#endif
+
 template <int TR, int TC, bool UNIT> struct Make {
     static constexpr Kernel spmm(const char* dt) { return {"spmm", dt, TR, TC, UNIT, &FS_NS::spmm<TR, TC, UNIT>, nullptr}; }
     static constexpr Kernel sddmm(const char* dt) { return {"sddmm", dt, TR, TC, UNIT, nullptr, &FS_NS::sddmm<TR, TC, UNIT>}; }
@@ -473,5 +512,6 @@ static constexpr Kernel table[] = {
 
 static constexpr Isa isa = {FS_NAME, V::W, V::max_spmm, V::max_sddmm, table, sizeof(table) / sizeof(table[0]),
                         &pack, &pack_gated, &unpack, &spmv, &outer, &gather, &row_sums, &accumulate, &gate, &pad, &crop, &pad_every, &spread, &zip, &stream, FS_MASKED,
-                        &moments, &normalise, &grad_moments, &norm_grad, &pool_row, &widen, &narrow};
+                        &moments, &normalise, &grad_moments, &norm_grad, &pool_row, &collect, FS_BF16, &widen, &narrow};
 #undef FS_MASKED
+#undef FS_BF16

@@ -1,4 +1,4 @@
-// Connectivity updates. Plain C++: the one hot loop compares integers, which compilers vectorise by themselves.
+// Connectivity updates.
 #include "update.h"
 #include <algorithm>
 #include <limits>
@@ -14,49 +14,47 @@ i32 bits_of(float v) {
     return b & magnitude;
 }
 
-i64 collect_part(const float* g, const uint8_t* taken, i64 first, i64 last, i32 least, i32* pos, float* val, bool& finite) {
-    constexpr i64 step = 32;
-    i64 found = 0;
-    const auto look = [&](i64 i, i32 b) {
-        if (b < least) return;
-        if (b >= infinity) finite = false;
-        if (taken[i]) return;
-        pos[found] = i32(i);
-        std::memcpy(val + found++, &b, sizeof b);
-    };
-    i64 i = first;
-    for (; i + step <= last; i += step) {
-        i32 bits[step], any = 0;
-        std::memcpy(bits, g + i, sizeof bits);
-        for (i64 j = 0; j < step; ++j) any |= (bits[j] & magnitude) >= least ? -1 : 0;
-        if (any)
-            for (i64 j = 0; j < step; ++j) look(i + j, bits[j] & magnitude);
-    }
-    for (; i < last; ++i) look(i, bits_of(g[i]));
-    return found;
-}
-
 }  // namespace
 
-// Every part writes from its own start on, and what they found moves together afterwards.
-i64 collect(const float* g, const uint8_t* taken, i64 n, float floor, i32* pos, float* val, bool& finite, int threads) {
+namespace {
+
+// find(first, last, pos, val, finite) for every part, which writes from its own start on; what was found moves together afterwards.
+template <class F> i64 by_parts(i64 n, i32* pos, float* val, bool& finite, int threads, F&& find) {
     constexpr i64 part = 1 << 15;
-    const i32 least = floor > 0 && bits_of(floor) < infinity ? bits_of(floor) : 0;
     const i64 parts = ceil_div(n, part);
     std::vector<i64> found(static_cast<size_t>(parts));
     std::vector<char> fine(static_cast<size_t>(parts), 1);
     parallel_for(parts, threads, [&](i64 p, int) {
         bool ok = true;
-        found[p] = collect_part(g, taken, p * part, std::min(n, (p + 1) * part), least, pos + p * part, val + p * part, ok);
+        found[p] = find(p * part, std::min(n, (p + 1) * part), pos + p * part, val ? val + p * part : nullptr, ok);
         fine[p] = ok;
     });
     i64 total = 0;
     for (i64 p = 0; p < parts; total += found[p++]) {
         std::memmove(pos + total, pos + p * part, size_t(found[p]) * sizeof(i32));
-        std::memmove(val + total, val + p * part, size_t(found[p]) * sizeof(float));
+        if (val) std::memmove(val + total, val + p * part, size_t(found[p]) * sizeof(float));
         finite = finite && fine[p];
     }
     return total;
+}
+
+i32 least_of(float floor) { return floor > 0 && bits_of(floor) < infinity ? bits_of(floor) : 0; }
+
+}  // namespace
+
+i64 collect(const float* g, const uint8_t* taken, i64 n, float floor, i32* pos, float* val, bool& finite, int threads) {
+    const Isa& isa = current_isa();
+    return by_parts(n, pos, val, finite, threads, [&](i64 first, i64 last, i32* p, float* v, bool& ok) {
+        return isa.collect(g, taken, first, last, least_of(floor), p, v, ok);
+    });
+}
+
+i64 collect(const bf16* g, const uint8_t* taken, i64 n, float floor, i32* pos, bool& finite, int threads) {
+    const Isa& isa = current_isa();
+    if (!isa.collect_bf16) throw std::invalid_argument("this instruction set has no quick way through bfloat16");
+    return by_parts(n, pos, nullptr, finite, threads, [&](i64 first, i64 last, i32* p, float*, bool& ok) {
+        return isa.collect_bf16(g, taken, first, last, least_of(floor) >> 16, p, ok);
+    });
 }
 
 void ranks(const i64* sorted, i64 n, const i64* queries, i64 m, i64* out, int threads) {

@@ -8,6 +8,9 @@ namespace fastsparse {
 // no finite number of 0 or more counts as 0. `finite` becomes false if any g[i], taken or not, is infinite or NaN.
 i64 collect(const float* g, const uint8_t* taken, i64 n, float floor, i32* pos, float* val, bool& finite, int threads);
 
+// The same positions in bfloat16, in which the floor is rounded down; only where isa.collect_bf16 is.
+i64 collect(const bf16* g, const uint8_t* taken, i64 n, float floor, i32* pos, bool& finite, int threads);
+
 // out[k] = |g[row, indices[k]]| for the entries k of some rows; indptr starts at the first of them.
 void pick(const float* g, const i64* indptr, i64 rows, i64 cols, const i32* indices, float* out);
 

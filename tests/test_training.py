@@ -1,6 +1,6 @@
 "Layers on the compiled kernels while they train: the same training, the same checkpoints, and nothing that an interruption could break."
 from functools import partial
-import pytest, torch, torch.nn.functional as F
+import numpy as np, pytest, torch, torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings, strategies as st
 from torch import nn
 from fastai.basics import Adam, Callback, CancelFitException, DataLoader, DataLoaders, Learner, OptimWrapper, SGD, load_model, save_model
@@ -433,6 +433,94 @@ def test_a_score_that_is_not_finite_is_found_anywhere(native, bad, k, monkeypatc
         score.view(-1)[i] = bad
         assert training.best_vacant(lambda: [(0, score[:3]), (3, score[3:])], mask, *layers.csr_from_mask(mask), k, .9) is None
 
+collects_bf16 = pytest.mark.skipif(not kernels.kernels_available() or not kernels._kernels.collects_bf16(), reason='a path of AVX-512 only')
+
+def drawn_product(seed, batch, rows, cols, density=.02, skew=0.):
+    "Factors of a gradient, what is active, the gradient in float64 and a guess of the floor: the score of the k-th best vacant position."
+    g = torch.Generator().manual_seed(seed)
+    x,dy = torch.randn(batch, cols, generator=g).relu(),torch.randn(batch, rows, generator=g)*torch.logspace(0, -skew, rows)
+    mask,exact = torch.rand(rows, cols, generator=g) < density,(dy.double().t() @ x.double()).abs()
+    k = int(.004*mask.numel())
+    return x, dy, mask, exact, k, float(exact[~mask].sort().values[-k])
+
+@collects_bf16
+@settings(max_examples=25, deadline=None)
+@given(batch=st.integers(2, 300), rows=st.integers(20, 300), cols=st.integers(20, 300), skew=st.sampled_from([0., .3]), seed=st.integers(0, 10**6))
+def test_what_bfloat16_rules_out_is_not_among_the_best(batch, rows, cols, skew, seed):
+    "Even if the floor leaves nothing to spare: then a bound that is too small loses some of the k."
+    x,dy,mask,exact,k,floor = drawn_product(seed, batch, rows, cols, skew=skew)
+    found = training.best_by_bf16(x, dy, mask, *layers.csr_from_mask(mask), k, floor*(1-1e-5))
+    if found is None:      # the bound is too wide for this batch
+        assert (floor - training._error_bf16(x, dy)).min() < .52*floor
+        return
+    pos,val,active = found
+    vacant = exact.masked_fill(mask, -1.).flatten()
+    assert len(pos) == k and (pos.diff() > 0).all() and not mask.flatten()[pos].any()
+    near = 1e-5*float(exact.max())      # rounding in float32 may swap equals
+    assert vacant[pos].min() >= vacant.clone().index_fill_(0, pos, -1.).max() - near
+    assert torch.allclose(val.double(), vacant[pos], atol=near) and torch.allclose(active.double(), exact[mask], atol=near)
+
+@collects_bf16
+def test_when_bfloat16_says_too_little():
+    x,dy,mask,exact,k,floor = drawn_product(0, 64, 100, 120)
+    best = lambda x=x, dy=dy, floor=floor*.99, k=k: training.best_by_bf16(x, dy, mask, *layers.csr_from_mask(mask), k, floor)
+    assert best() is not None
+    assert best(floor=floor*1.2) is None                                  # the guess was too high
+    assert best(x*1e-20, dy*1e-20, floor*1e-40) is None                   # AMX takes denormals for 0
+    loud = x.clone(); loud[:,3] *= 1000
+    assert best(loud) is None                                             # one feature drowns the others' bound
+    for bad in float('inf'), float('nan'):
+        for t in x,dy:
+            broken = t.clone(); broken[5,7] = bad
+            assert best(*(broken if o is t else o for o in (x, dy))) is None
+    assert best(x*1e20, dy*1e19, floor*1e39) is None
+
+@collects_bf16
+def test_an_update_by_bfloat16_is_that_without(monkeypatch):
+    torch.manual_seed(2)
+    x,dy,calls,best = torch.randn(32, 1100),torch.randn(32, 1300),[],training.best_by_bf16
+    monkeypatch.setattr(training, 'best_by_bf16', lambda *a: (calls.append(best(*a)), calls[-1])[1])
+    res = []
+    for on in True,False:
+        monkeypatch.setattr(training, '_quick_bf16', lambda isa: on)
+        res.append(updated(lambda: nn.Linear(1100, 1300), x, dy, None, .3, .99, True))
+    assert len(calls) == 1 and calls[0] is not None
+    assert res[0][2] == res[1][2] > 1000 and (res[0][0] != res[1][0]).sum() <= 2      # sums in another order may swap equals
+    monkeypatch.setattr(training, '_quick_bf16', lambda isa: True)
+    updated(lambda: nn.Linear(1100, 1300), x, dy, None, .3, .99, uses=2)
+    updated(lambda: nn.Linear(1100, 1300), x, dy, None, 0., .99)
+    updated(lambda: nn.Linear(1100, 1300), x, dy, None, .3, .99, grow=SET_presets['grow_score_f'])
+    updated(lambda: nn.Linear(110, 130), x[:,:110], dy[:,:130], None, .3, .99)
+    assert len(calls) == 1
+
+@pytest.mark.parametrize('isa', kernels.available_isas())
+@pytest.mark.parametrize('n', [0, 1, 31, 32, 33, 70_001])
+def test_collecting_what_reaches_a_floor(isa, n):
+    old,k,rng = kernels.isa(),kernels._kernels,np.random.default_rng(n)
+    g = rng.standard_normal(n).astype(np.float32)
+    taken,bits = rng.random(n) < .3,(g.view(np.uint32) >> 16).astype(np.uint16)
+    cut = (bits.astype(np.uint32) << 16).view(np.float32)       # bfloat16, towards 0
+    kernels.set_isa(isa)
+    try:
+        for floor in -1., 0., .5, 1.6, 9., float('nan'):
+            lowest = floor if floor > 0 else 0.
+            pos,val = np.empty(n, np.int32),np.empty(n, np.float32)
+            found,finite = k.collect(g, taken, floor, pos, val)
+            want = np.flatnonzero((abs(g) >= lowest) & ~taken)
+            assert finite and np.array_equal(pos[:found], want) and np.array_equal(val[:found], abs(g[want]))
+            if k.collects_bf16():
+                found,finite = k.collect(bits, taken, floor, pos, None)
+                lower = (np.float32(lowest).view(np.uint32) >> 16 << 16).view(np.float32)
+                assert finite and np.array_equal(pos[:found], np.flatnonzero((abs(cut) >= lower) & ~taken))
+            else:
+                with pytest.raises(ValueError): k.collect(bits, taken, floor, pos, None)
+        for bad in [np.inf, -np.inf, np.nan] if n else []:
+            g[n//2] = bad
+            taken[n//2] = True
+            assert not k.collect(g, taken, 3., pos, val)[1]
+            if k.collects_bf16(): assert not k.collect((g.view(np.uint32) >> 16).astype(np.uint16), taken, 3., pos, None)[1]
+    finally: kernels.set_isa(old)
+
 @pytest.mark.parametrize('native', [True, False])
 def test_a_structure_after_an_update(native, monkeypatch):
     if not native: monkeypatch.setattr(kernels, 'kernels_available', lambda: False)
@@ -455,6 +543,7 @@ def test_native_helpers_refuse_what_does_not_fit():
     f,b,room = torch.rand(4).numpy(),torch.zeros(4, dtype=torch.bool).numpy(),i.copy()
     with pytest.raises(ValueError): k.collect(f, b[:3], 0., room, f.copy())
     with pytest.raises(TypeError): k.collect(f.astype('float64'), b, 0., room, f.copy())
+    with pytest.raises(TypeError): k.collect(f, b, 0., room, None)
     with pytest.raises(IndexError): k.pick(f.reshape(2, 2), n([0,2,4]).numpy(), i, f.copy())
     with pytest.raises(ValueError): k.pick(f.reshape(2, 2), n([0,5,4]).numpy(), i, f.copy())
     for ptr,fresh in (([0,2,3], []), ([0,5,4], []), ([0,2,4], [3,3]), ([0,2,4], [8]), ([0,2,4], [-1])):
