@@ -403,7 +403,7 @@ def _quick_bf16(isa):
 def _error_bf16(x, dy):
     "The most by which rounding to bfloat16 changes an entry in each row of the product of `dy.t()` and `x`, sums in float32 included."
     x2,dy2 = (t.square().sum(0) for t in (x, dy))
-    return (1.003*2**-8 + len(x)*2**-22)*(x2.max()*dy2).sqrt()
+    return (1.003*2**-7 + len(x)*2**-22)*(x2.max()*dy2).sqrt()
 
 def _exact(geom, structure, x, dy): return run_backward(geom, plan_for(geom, *structure), x, dy, None, None, False, True)[1].abs_()
 

@@ -461,6 +461,21 @@ def test_what_bfloat16_rules_out_is_not_among_the_best(batch, rows, cols, skew, 
     assert torch.allclose(val.double(), vacant[pos], atol=near) and torch.allclose(active.double(), exact[mask], atol=near)
 
 @collects_bf16
+@pytest.mark.parametrize('up', [True, False])
+def test_the_bound_holds_where_all_roundings_go_the_same_way(up):
+    "Numbers just below or above the middle of two that bfloat16 has, in factors that point the same way: nothing is further off."
+    x,dy,mask,*_ = drawn_product(0, 64, 100, 120, density=0.)
+    middle = 1 + 2**-8 + (2**-20 if up else -2**-20)
+    x[:,7] = dy[:,9] = middle
+    x,dy = (t*middle*8/t.norm(dim=0) if up else t for t in (x, dy))      # none longer than these two
+    if not up: x,dy = (t*8/t.norm(dim=0)*torch.where(torch.arange(t.shape[1]) == i, middle, 1.) for t,i in ((x,7), (dy,9)))
+    exact,rounded = ((a.t() @ b).abs() for a,b in ((dy.double(), x.double()), (dy.bfloat16().double(), x.bfloat16().double())))
+    off = (exact-rounded).abs()
+    assert off.argmax() == 9*120+7 and .9 < float(off.max()/training._error_bf16(x, dy)[9]) < 1
+    pos,*_ = training.best_by_bf16(x, dy, mask, *layers.csr_from_mask(mask), 1, float(exact.max())*(1-1e-6))
+    assert pos.tolist() == [9*120+7]
+
+@collects_bf16
 def test_when_bfloat16_says_too_little():
     x,dy,mask,exact,k,floor = drawn_product(0, 64, 100, 120)
     best = lambda x=x, dy=dy, floor=floor*.99, k=k: training.best_by_bf16(x, dy, mask, *layers.csr_from_mask(mask), k, floor)
