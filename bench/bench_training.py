@@ -4,7 +4,7 @@
 
 All learners of a model live in one process and take turns, a few steps each, round after round; figures are medians over rounds.
 A sparse step counts its share of a connectivity update (RigL, every 100 steps). Dense is the better of NCHW and channels_last in
-fp32; dense under bf16 autocast stands beside it. With `--peers` (see requirements.txt) the same masked model runs through SparseProp's
+fp32; dense under bf16 autocast stands beside it, and dense with the fused optimizer step that sparse training gets by itself. With `--peers` (see requirements.txt) the same masked model runs through SparseProp's
 swap too, its mask static. Every contender keeps the memory that tensors free (bench_kernels.py says why).
 `--profile` prints where the time of a sparse step goes.
 """
@@ -19,6 +19,7 @@ import fastsparse
 from fastsparse import DynamicSparseTrainingCallback, RigL_presets, sparse_kernels_report, sparsify_model
 from fastsparse.kernels import isa
 from fastsparse.layers import layer_inputs
+from fastsparse.steps import fuse_steps
 from bench_kernels import keep_memory
 
 EVERY = 100          # steps between connectivity updates, RigL's
@@ -68,6 +69,10 @@ class BF16(Callback):
         self.ac.__enter__()
     def after_loss(self): self.ac.__exit__(None, None, None)
 
+class FusedStep(Callback):
+    "What sparse training does by itself, for a dense learner."
+    def before_fit(self): fuse_steps(self.learn.opt)
+
 def get_learner(model_f, batch_f, opt_func, lr, n_steps, cbs=()):
     set_seed(0)
     model,batch = model_f(),batch_f()
@@ -90,7 +95,8 @@ def sparseprop_learner(name, s, n_steps):
 def contestants(name, sparsities, n_steps, every, peers):
     "Learners and the callbacks of their fits."
     model_f,batch_f,opt_func,skip,lr = MODELS[name]
-    res = {'dense': (get_learner(model_f, batch_f, opt_func, lr, n_steps), ()), 'dense bf16': (get_learner(model_f, batch_f, opt_func, lr, n_steps, [BF16()]), ())}
+    res = {'dense': (get_learner(model_f, batch_f, opt_func, lr, n_steps), ()), 'dense bf16': (get_learner(model_f, batch_f, opt_func, lr, n_steps, [BF16()]), ()),
+           'dense fused': (get_learner(model_f, batch_f, opt_func, lr, n_steps, [FusedStep()]), ())}
     if 'resnet' in name:
         for k,cbs in (('dense channels_last', [ChannelsLast()]), ('dense bf16 channels_last', [ChannelsLast(), BF16()])):
             res[k] = get_learner(model_f, batch_f, opt_func, lr, n_steps, cbs),()
@@ -123,6 +129,7 @@ def measure(name, sparsities, rounds, peers, every=6, n_steps=16):
             if update is not None: updates[k].append(update)
     ms = {k: 1e3*statistics.median(v) for k,v in times.items()}
     dense = min(v for k,v in ms.items() if k in ('dense', 'dense channels_last'))
+    fused = min(dense, ms['dense fused'])
     bf16 = min(v for k,v in ms.items() if 'bf16' in k)
     until = RigL_presets['stop_pct'] # of training, after which connectivity stays
     rows = []
@@ -130,9 +137,10 @@ def measure(name, sparsities, rounds, peers, every=6, n_steps=16):
         k = f'sparse {s:g}'
         step,update = ms[k],1e3*statistics.median(updates[k])
         mean = (step*(EVERY-1) + update)/EVERY
-        rows.append(dict(model=name, sparsity=s, step_ms=step, update_ms=update, amortised_ms=mean, dense_ms=dense, dense_bf16_ms=bf16, speedup=dense/mean,
-                         speedup_over_bf16=bf16/mean, sparseprop_ms=ms.get(f'sparseprop {s:g}'), speedup_over_sparseprop=ms[f'sparseprop {s:g}']/mean if peers else None, update_in_dense_steps=update/dense, update_share=update/EVERY/mean,
-                         update_share_of_training=until*update/(step*(EVERY-until) + until*update), target=TARGETS[name][[.9,.95,.99].index(s)] if s in (.9,.95,.99) else None,
+        rows.append(dict(model=name, sparsity=s, step_ms=step, update_ms=update, amortised_ms=mean, dense_ms=dense, dense_bf16_ms=bf16, dense_fused_ms=fused, speedup=dense/mean,
+                         speedup_over_bf16=bf16/mean, speedup_over_fused=fused/mean, sparseprop_ms=ms.get(f'sparseprop {s:g}'), speedup_over_sparseprop=ms[f'sparseprop {s:g}']/mean if peers else None, update_in_dense_steps=update/dense, update_share=update/EVERY/mean,
+                         update_share_of_training=until*update/(step*(EVERY-until) + until*update),
+                         update_share_without_batch=until*(update-step)/(step*(EVERY-until) + until*update), target=TARGETS[name][[.9,.95,.99].index(s)] if s in (.9,.95,.99) else None,
                          layers=sparse_kernels_report(cs[k][0]).reset_index().to_dict('records')))
     return dict(model=name, all_ms=ms, rows=rows)
 
@@ -190,7 +198,8 @@ def main():
         gc.collect()
         for r in results[-1]['rows']:
             print(f"{m:12} {r['sparsity']:.0%}: {r['amortised_ms']:8.1f} ms, dense {r['dense_ms']:8.1f} (bf16 {r['dense_bf16_ms']:.1f}): {r['speedup']:.2f}× (wanted {r['target']}), "
-                  f"update {r['update_in_dense_steps']:.1f} dense steps, {r['update_share']:.1%} of the time while they go on, {r['update_share_of_training']:.1%} of training", flush=True)
+                  f"update {r['update_in_dense_steps']:.1f} dense steps, {r['update_share']:.1%} of the time while they go on, {r['update_share_of_training']:.1%} of training "
+                  f"({r['update_share_without_batch']:.1%} without forward and backward of its batch); over dense with a fused step {r['speedup_over_fused']:.2f}×", flush=True)
         res = dict(bench='training', settings=dict(threads=a.threads, rounds=a.rounds, every=EVERY), cpu=cpu_name(), machine=platform.machine(), isa=isa(),
                    versions=dict(fastsparse=fastsparse.__version__, torch=torch.__version__, python=platform.python_version()), results=results)
         (out/'training.json').write_text(json.dumps(res, indent=1) + '\n')

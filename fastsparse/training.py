@@ -382,7 +382,7 @@ def _grad_blocks(geom, uses):
         if one: yield first, torch.mm(uses[0][1][:,first:last].t(), uses[0][0], out=room[:last-first])
         else: yield first, _grad_rows(geom, uses, first, last)
 
-def _grid_floor(geom, uses, mask, k, side=192):
+def _grid_floor(geom, uses, mask, k, side=128):
     "A floor from the gradient on a grid of a Linear's weight: one small product."
     if not isinstance(geom, LinearGeometry) or mask.numel() < 16*side**2: return None
     a,b = (max(1, n//side) | 1 for n in mask.shape)
@@ -401,9 +401,9 @@ def _quick_bf16(isa):
     return kernels._kernels.collects_bf16() and getattr(torch.cpu, '_is_amx_tile_supported', bool)()
 
 def _error_bf16(x, dy):
-    "The most by which rounding to bfloat16 changes an entry in each row of the product of `dy.t()` and `x`, sums in float32 included."
-    x2,dy2 = (t.square().sum(0) for t in (x, dy))
-    return (1.003*2**-7 + len(x)*2**-22)*(x2.max()*dy2).sqrt()
+    "The most by which rounding to bfloat16 changes an entry in each row of the product of `dy.t()` and `x`, sums in float32 included; infinite where AMX might take something for 0 that counts."
+    x2,dy2 = x.square().sum(0).max(),dy.square().sum(0)
+    return (1.003*2**-7 + len(x)*2**-22)*(x2*dy2).sqrt() if 1e-20 < x2 < 1e20 else torch.full_like(dy2, float('inf'))
 
 def _exact(geom, structure, x, dy): return run_backward(geom, plan_for(geom, *structure), x, dy, None, None, False, True)[1].abs_()
 
@@ -418,14 +418,14 @@ def best_by_bf16(
 ) -> tuple: # `best_vacant` of the gradient's blocks; `None` if the guess was wrong or three digits say too little
     "The vacant positions where the weight's gradient is largest, found by a product in bfloat16 and confirmed in float32."
     (n_rows,n_cols),least = mask.shape,(floor-_error_bf16(x, dy))*(1-2**-7)      # the last factor: the result is rounded too
-    if not (least > max(floor/2, 1e-25)).all(): return None                      # NaN and what AMX takes for 0 included
-    a,b,step = dy.bfloat16().t().contiguous(),x.bfloat16(),max(1, 2**21//n_cols)
+    if not (least > max(floor/16, 1e-25)).all(): return None                     # NaN included
+    a,b,step = (dy/least).bfloat16().t().contiguous(),x.bfloat16(),max(1, 2**21//n_cols)
     room,pos,found = torch.empty(step, n_cols, dtype=a.dtype),np.empty(step*n_cols, np.int32),[]
     for first in range(0, n_rows, step):
         taken = mask[first:first+step]
         g = torch.mm(a[first:first+step], b, out=room[:len(taken)])
-        n,finite = kernels._kernels.collect(g.view(torch.int16).view(-1).numpy(), taken.reshape(-1).numpy(), float(least[first:first+step].min()), pos[:g.numel()], None)
-        if not finite: return None
+        n,finite = kernels._kernels.collect(g.view(torch.int16).view(-1).numpy(), taken.reshape(-1).numpy(), 1., pos[:g.numel()], None)
+        if not finite or n > g.numel()//8: return None
         found.append(torch.from_numpy(pos[:n].astype(np.int64)).add_(first*n_cols))
     geom,found = LinearGeometry(n_rows, n_cols),torch.cat(found)
     score,active = (_exact(geom, s, x, dy) for s in (csr_from_index(found, n_rows, n_cols), (ptr, idx)))

@@ -451,7 +451,7 @@ def test_what_bfloat16_rules_out_is_not_among_the_best(batch, rows, cols, skew, 
     x,dy,mask,exact,k,floor = drawn_product(seed, batch, rows, cols, skew=skew)
     found = training.best_by_bf16(x, dy, mask, *layers.csr_from_mask(mask), k, floor*(1-1e-5))
     if found is None:      # the bound is too wide for this batch
-        assert (floor - training._error_bf16(x, dy)).min() < .52*floor
+        assert (floor - training._error_bf16(x, dy)).min() < .1*floor or ((dy.t() @ x).abs() > (floor - training._error_bf16(x, dy))[:,None]*.98).float().mean() > .05
         return
     pos,val,active = found
     vacant = exact.masked_fill(mask, -1.).flatten()
@@ -481,7 +481,7 @@ def test_when_bfloat16_says_too_little():
     best = lambda x=x, dy=dy, floor=floor*.99, k=k: training.best_by_bf16(x, dy, mask, *layers.csr_from_mask(mask), k, floor)
     assert best() is not None
     assert best(floor=floor*1.2) is None                                  # the guess was too high
-    assert best(x*1e-20, dy*1e-20, floor*1e-40) is None                   # AMX takes denormals for 0
+    assert best(x*1e-12, dy) is None and best(x, dy*1e-30, floor*1e-30) is None      # AMX takes denormals for 0
     loud = x.clone(); loud[:,3] *= 1000
     assert best(loud) is None                                             # one feature drowns the others' bound
     for bad in float('inf'), float('nan'):

@@ -1,6 +1,7 @@
 // The kernels without Python: drawn shapes against a plain double-precision reference, on every ISA of the machine.
 // Built with sanitizers, and for ARM under qemu, by the targets of kernels/targets.mk. Arguments: rounds, seed.
 #include "../../kernels/plan.h"
+#include "../../kernels/update.h"
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -200,6 +201,31 @@ void conv(int threads) {
     compare("conv dvalues bf16", std::move(dv32), rv, n * oh * ow);
 }
 
+// What reaches a floor, in float32 and, where that is quick, in bfloat16.
+void collecting(int threads) {
+    const i64 n = draw(0, 1) ? draw(0, 70) : draw(30000, 70000), share = draw(1, 4);
+    Buffer g(n), val(n, false);
+    std::vector<uint8_t> taken(static_cast<size_t>(n));
+    std::vector<i32> pos(static_cast<size_t>(n)), want;
+    for (uint8_t& t : taken) t = draw(0, 4) == 0;
+    const Half h(g);   // both hold the same numbers now
+    const float floor = float(draw(0, 5)) / float(4 * share);
+    for (i64 i = 0; i < n; ++i) if (std::fabs(g[i]) >= floor && !taken[size_t(i)]) want.push_back(i32(i));
+    for (bool bad : {false, true}) {
+        if (bad && n) g[n / 2] = draw(0, 1) ? INFINITY : std::nanf("");
+        bool finite = true;
+        const i64 found = collect(g.data(), taken.data(), n, floor, pos.data(), val.data(), finite, threads);
+        bool ok = finite == !(bad && n);
+        if (!bad) ok = ok && found == i64(want.size()) && std::equal(want.begin(), want.end(), pos.begin());
+        for (i64 i = 0; i < found && !bad; ++i) ok = ok && val[i] == std::fabs(g[want[size_t(i)]]);
+        if (!ok) { std::printf("collect (%s)\n", current_isa().name); ++failures; }
+    }
+    if (!current_isa().collect_bf16) return;
+    bool finite = true;
+    const i64 found = collect(h.p.get(), taken.data(), n, floor, pos.data(), finite, threads);
+    if (!finite || found < i64(want.size()) || !std::includes(pos.begin(), pos.begin() + found, want.begin(), want.end())) { std::printf("collect bf16\n"); ++failures; }
+}
+
 template <class E, class F> void must_throw(const char* what, F&& f) {
     try { f(); } catch (const E&) { return; }
     std::printf("%s: no exception\n", what);
@@ -230,7 +256,7 @@ int main(int argc, char** argv) {
     for (const Isa* isa : available_isas()) {
         set_isa(isa->name);
         rng.seed(unsigned(seed));
-        for (int r = 0; r < rounds && !failures; ++r) { linear(1 + r % 3); conv(1 + r % 3); }
+        for (int r = 0; r < rounds && !failures; ++r) { linear(1 + r % 3); conv(1 + r % 3); collecting(1 + r % 3); }
         std::printf("%s: %d rounds, %s\n", isa->name, rounds, failures ? "FAILED" : "ok");
     }
     return failures != 0;
