@@ -344,7 +344,9 @@ def differentiable_once(
     "Decorator: torch's `once_differentiable`, whose bookkeeping takes as long as a small layer, only with `create_graph=True`."
     careful = once_differentiable(backward)
     @wraps(backward)
-    def _f(ctx, *grads): return (careful if torch.is_grad_enabled() else backward)(ctx, *grads)
+    def _f(ctx, *grads):
+        if not torch.is_grad_enabled(): return backward(ctx, *grads)
+        return careful(ctx, *(g if g is None or g.requires_grad else g.detach().requires_grad_() for g in grads))      # torch warns of these only, though what is saved counts too
     return _f
 
 class SparseFunction(Function):

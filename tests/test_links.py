@@ -317,15 +317,19 @@ def test_born_sparse_layers_are_linked(linked_calls):
     assert torch.equal(m(x), m[2](F.relu(m[0](x)))) and len(linked_calls) == 2
 
 @pytest.mark.parametrize('where,name', [(kernels.LinearPlan, 'forward_linked'), (kernels.LinearPlan, 'backward_linked'), (kernels, 'row_forward'), (kernels, 'row_backward')])
-def test_a_failing_kernel_falls_back_to_dense(where, name, monkeypatch):
+def test_a_failing_kernel_falls_back_to_dense(where, name, monkeypatch, one_thread):
     m = row((20, 30, 10, 10), (.8, .8, .8), (nn.ReLU(), nn.GELU() if 'linked' in name else nn.Identity(), nn.ReLU()))
     if 'row' in name: m[0].bias.requires_grad_(False)
     x,dy = torch.randn(37, 20),torch.randn(37, 10)
     want = results(m, x, dy)
     k = as_kernel(m)
-    def fail(*a, **kw): raise RuntimeError('out of luck')
+    failed = []
+    def fail(*a, **kw):
+        failed.append(name)
+        raise RuntimeError('out of luck')
     monkeypatch.setattr(where, name, fail)
     for a,b in zip(results(k, x, dy), want): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert failed
 
 # in training
 

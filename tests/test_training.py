@@ -634,6 +634,52 @@ def test_attention_is_updated_as_it_is_stored(same):
         res.append(([p.mask.clone() for p in ps], again))
     assert all(a.equal(b) for a,b in zip(res[0][0], res[1][0])) and torch.allclose(res[0][1], res[1][1], atol=1e-5)
 
+@pytest.mark.parametrize('tokens,batch_first,batched', [(64, True, True), (100, False, True), (256, True, True), (70, True, False)])
+def test_short_self_attention_is_pytorchs(tokens, batch_first, batched, monkeypatch):
+    torch.manual_seed(0)
+    m = nn.MultiheadAttention(24, 3, batch_first=batch_first)
+    sparsify_model(m, .6)
+    x = torch.randn(tokens, 24) if not batched else torch.randn(2, tokens, 24) if batch_first else torch.randn(tokens, 2, 24)
+    dy,calls,apply = torch.randn(x.shape),[],training.AttentionFunction.apply
+    monkeypatch.setattr(training.AttentionFunction, 'apply', lambda *a: (calls.append(1), apply(*a))[1])
+    def results(m, **kw):
+        t = x.clone().requires_grad_()
+        y = m(t, t, t, need_weights=False, **kw)[0]
+        y.backward(dy)
+        grads = [p.param.grad[p.mask] if p.param.grad.shape == p.mask.shape else p.param.grad for p in sparse_params(m)] + [m.in_proj_bias.grad, m.out_proj.bias.grad]
+        m.zero_grad(set_to_none=True)
+        return [y.detach(), t.grad, *grads]
+    want = results(m)
+    assert not calls
+    training.compress_params(m, sparse_params(m))
+    for a,b in zip(results(m), want): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert len(calls) == 1
+    with torch.no_grad(): torch.testing.assert_close(m(x, x, x, need_weights=False)[0], want[0], rtol=1e-4, atol=1e-5)
+    assert len(calls) == 2
+    y = m(t := x.clone().requires_grad_(), t, t, need_weights=False)[0]
+    with pytest.raises(RuntimeError, match='once_differentiable'): torch.autograd.grad(y.sum(), t, create_graph=True)[0].sum().backward()
+
+def test_other_attention_is_left_to_pytorch(monkeypatch):
+    monkeypatch.setattr(training.AttentionFunction, 'apply', lambda *a: 1/0)
+    torch.manual_seed(0)
+    m = nn.MultiheadAttention(24, 3, batch_first=True)
+    sparsify_model(m, .6)
+    x = torch.randn(2, 80, 24)
+    for kw in dict(), dict(need_weights=False, key_padding_mask=torch.zeros(2, 80, dtype=torch.bool)), dict(need_weights=False, attn_mask=torch.zeros(80, 80)):
+        want = m(x, x, x, **kw)[0]
+        training.compress_params(m, sparse_params(m))
+        torch.testing.assert_close(m(x, x, x, **kw)[0], want, rtol=1e-4, atol=1e-5)
+        expand_model(m)
+    training.compress_params(m, sparse_params(m))
+    plain = dict(need_weights=False)
+    m(x, x+1, x, **plain); m(x[:,:60], x[:,:60], x[:,:60], **plain); m(*[torch.randn(1, 300, 24)]*3, **plain)
+    t = x[:,:63]; m(t, t, t, **plain)
+    with torch.autocast('cpu', torch.bfloat16): m(x, x, x, **plain)
+    torch.compile(m, backend='eager')(x, x, x, **plain)
+    m.double()(*[x.double()]*3, **plain); m.float()
+    m.dropout = .5; m(x, x, x, **plain)
+    with pytest.raises(ZeroDivisionError): m.eval()(x, x, x, **plain)
+
 def test_ever_active_is_kept_in_bits_and_older_checkpoints_load():
     cb = dst(every=2)
     learn = learner(cbs=None)
