@@ -4,7 +4,8 @@
 
 All learners of a model live in one process and take turns, a few steps each, round after round; figures are medians over rounds.
 A sparse step counts its share of a connectivity update (RigL, every 100 steps). Dense is the better of NCHW and channels_last in
-fp32; dense under bf16 autocast stands beside it, and dense with the fused optimizer step that sparse training gets by itself. With `--peers` (see requirements.txt) the same masked model runs through SparseProp's
+fp32; dense under bf16 autocast stands beside it, and dense with the fused optimizer step that sparse training gets by itself
+(weights in channels_last have none). With `--peers` (see requirements.txt) the same masked model runs through SparseProp's
 swap too, its mask static. Every contender keeps the memory that tensors free (bench_kernels.py says why).
 `--profile` prints where the time of a sparse step goes.
 """

@@ -275,7 +275,7 @@ def row_backward(
     plans,           # As in `row_forward`, as the next ones
     x:np.ndarray,
     dy:np.ndarray,   # (batch, outputs of the last)
-    values,
+    values,          # The first may be None if `dx` is and nothing has to be computed anew
     biases,
     relus,
     kept,            # From `row_forward`; what was not kept is computed anew

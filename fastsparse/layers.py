@@ -260,7 +260,7 @@ def build_plan(
         if e and ref in e.refs: plan_cache.pop(key, None)
     memory = tuple(t.detach() for t in (indptr, indices))
     plan = geom.plan(indptr.detach().long().contiguous().numpy(), indices.detach().int().contiguous().numpy())
-    plan.structure,plan.broken = memory,False
+    plan.structure,plan.broken,plan.alone = memory,False,False
     plan_cache[key] = PlanEntry(plan, (weakref.ref(indptr, forget), weakref.ref(indices, forget)), structure_stamp(indptr, indices), memory)
     return plan
 
@@ -346,7 +346,7 @@ def differentiable_once(
     @wraps(backward)
     def _f(ctx, *grads):
         if not torch.is_grad_enabled(): return backward(ctx, *grads)
-        return careful(ctx, *(g if g is None or g.requires_grad else g.detach().requires_grad_() for g in grads))      # torch warns of these only, though what is saved counts too
+        return careful(ctx, *(g if g is None or g.requires_grad else g.detach().requires_grad_() for g in grads))      # torch's check looks at these only, not at saved tensors
     return _f
 
 class SparseFunction(Function):

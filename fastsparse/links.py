@@ -15,7 +15,7 @@ from torch.autograd import Function
 from torch.nn.modules import module as nn_module
 from torch.overrides import handle_torch_function, has_torch_function_unary
 from . import kernels
-from .layers import (CompressedLinear, LinearGeometry, SparseLinear, dense_weight, differentiable_once, plan_for,
+from .layers import (CompressedLinear, LinearGeometry, SparseLinear, dense_weight, differentiable_once, plan_for, say_once,
                                _dense_backward, _ordinary, _survives, _values)
 from .topology import MaskHook
 
@@ -96,6 +96,8 @@ def _backward_by_rows(plan, link, x, dy, values, dx, dv, db, out):
     if dx is not None: _put(plan, link, gx.masked_fill(x <= 0, 0) if link.gated else gx, link.x_packed, dx)
 
 # %% ../nbs/05a_links.ipynb #05a00035
+_few,_much = 64,2**21      # One weight in so many is few (as for the kernels' tiles); so many hidden values are much: 8 MB
+
 class Row(NamedTuple):
     "Layers that are computed tile by tile."
     lead:tuple     # Shape of the batch, of two items or more
@@ -103,16 +105,16 @@ class Row(NamedTuple):
     isa:str
     plans:tuple
     relus:tuple    # Does a ReLU follow, for each layer?
-    trains:bool    # Will there be a backward?
+    trains:bool    # May there be a backward?
 
     @property
     def batch(self): return prod(self.lead)
     @property
     def keeps(self):
-        "Is what is between layers kept for backward, rather than made again?"
+        "Is what is between layers kept for backward, rather than computed again, with the weights of then?"
         hidden = self.plans[:-1]
-        few = 64*sum(p.nnz for p in hidden) < sum(p.n_rows*p.n_cols for p in hidden)
-        return self.trains and not (few and self.batch*sum(p.n_rows for p in hidden) > 2**21)
+        few = _few*sum(p.nnz for p in hidden) < sum(p.n_rows*p.n_cols for p in hidden)
+        return self.trains and not (few and self.batch*sum(p.n_rows for p in hidden) > _much)
 
 class RowFunction(Function):
     "Sparse Linear layers in a row, and their ReLUs: float32 on the CPU."
@@ -120,27 +122,38 @@ class RowFunction(Function):
     def forward(ctx, x, row, *params):
         x,out = x.reshape(row.batch, -1).contiguous(),x.new_empty(*row.lead, row.plans[-1].n_rows)
         kept = [x.new_empty(p.packed_size(row.batch, p.n_rows)) for p in row.plans[:-1]] if row.keeps else []
-        if not _survives(row.plans[0], kernels.row_forward, row.plans, x, *_of_row(row, params), row.relus, kept, out.view(row.batch, -1), row.threads):
+        if not _row_survives(row, kernels.row_forward, row.plans, x, *_of_row(row, params), row.relus, kept, out.view(row.batch, -1), row.threads):
             out.copy_(_dense_row(row, x, params).view(out.shape))
-        ctx.row,ctx.n_kept = row,len(kept)
-        ctx.save_for_backward(x, out if row.relus[-1] else None, *kept, *params)
+        ctx.row,ctx.n_kept,ctx.params = row,len(kept),params
+        read = [p if not kept or (i%2 == 0 and (i or ctx.needs_input_grad[0])) else None for i,p in enumerate(params)]
+        ctx.save_for_backward(x, out if row.relus[-1] else None, *kept, *read)
         return out
 
     @staticmethod
     @differentiable_once
     def backward(ctx, dy):
         row,(x,out,*rest),(need_x,_,*needs) = ctx.row,ctx.saved_tensors,ctx.needs_input_grad
-        kept,params = rest[:ctx.n_kept],rest[ctx.n_kept:]
-        if kept: _same_isa(row.isa)
+        kept,read,params = rest[:ctx.n_kept],rest[ctx.n_kept:],ctx.params
+        _same_isa(row.isa)
         dy,out = dy.reshape(row.batch, -1).contiguous(),None if out is None else out.view(row.batch, -1)
         dx,grads = torch.empty_like(x) if need_x else None,[torch.empty_like(t) if need else None for t,need in zip(params, needs)]
-        if not _survives(row.plans[0], kernels.row_backward, row.plans, x, dy, *_of_row(row, params), row.relus, kept, out, dx, grads[::2], grads[1::2], row.threads):
+        if not _row_survives(row, kernels.row_backward, row.plans, x, dy, *_of_row(row, read), row.relus, kept, out, dx, grads[::2], grads[1::2], row.threads):
             dx,*grads = _dense_row_backward(row, x, dy, params, [need_x, *needs])
         return None if dx is None else dx.view(*row.lead, -1), None, *grads
 
+def _row_survives(row, kernel, *args):
+    "As `_survives`; after a failure these layers go one by one, and if the kernels fail there too they say which."
+    first = row.plans[0]
+    if first.alone: return False
+    try: kernel(*args)
+    except RuntimeError as e:
+        first.alone = True
+        say_once(f'a kernel failed: {e}')
+    return not first.alone
+
 def _of_row(row, params):
     "Values and biases for the kernel."
-    return [_values(p, v) for p,v in zip(row.plans, params[::2])], [b if b is None else b.detach() for b in params[1::2]]
+    return [None if v is None else _values(p, v) for p,v in zip(row.plans, params[::2])], [b if b is None else b.detach() for b in params[1::2]]
 
 def _dense_row(row, x, params):
     for p,relu,v,b in zip(row.plans, row.relus, params[::2], params[1::2]):
@@ -218,9 +231,10 @@ def _run(x, row):
     "The output of a row."
     if has_torch_function_unary(x): return handle_torch_function(_run, (x,), x, row)
     here,packed,gated = (x.shape[:-1], torch.get_num_threads(), kernels.isa()),False,False
-    if len(row) > 1 and not any(l.then for l in row) and row[0].plan.whole_tiles(prod(x.shape[:-1])):
-        return RowFunction.apply(x, Row(*here, tuple(l.plan for l in row), tuple(l.relu for l in row), torch.is_grad_enabled()),
-                                 *(t for l in row for t in (l.module.weight, l.module.bias)))
+    if len(row) > 1 and not (row[0].plan.alone or any(l.then for l in row)) and row[0].plan.whole_tiles(prod(here[0]), here[1]):
+        params = [t for l in row for t in (l.module.weight, l.module.bias)]
+        trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *params))
+        return RowFunction.apply(x, Row(*here, tuple(l.plan for l in row), tuple(l.relu for l in row), trains), *params)
     for l in row:
         x = LinkedFunction.apply(x, l.module.weight, l.module.bias, l.plan, Link(*here, packed, l is not row[-1], l.relu, gated))
         for f in l.then: x = f(x)

@@ -201,15 +201,17 @@ void linear_backward_linked(const LinearPlan& p, const py::object& x, const py::
     p.backward(xp, gp, batch, vp, dxp, dvp, dbp, t, {x_packed, y_packed, relu, gated}, op);
 }
 
-// The layers of a row: plans, values, biases, ReLUs of each, and what is kept between them.
-std::vector<RowLayer> row_of(const py::sequence& plans, const py::sequence& values, const py::sequence& biases, const py::sequence& relus, const py::sequence& kept, i64 batch) {
+// The layers of a row: plans, values, biases, ReLUs of each, and what is kept between them. `idle`: nobody reads the first values.
+std::vector<RowLayer> row_of(const py::sequence& plans, const py::sequence& values, const py::sequence& biases, const py::sequence& relus, const py::sequence& kept, i64 batch,
+                             bool idle = false) {
     const size_t n = plans.size();
     if (!n || values.size() != n || biases.size() != n || relus.size() != n) throw py::value_error("a row needs plan, values, bias and ReLU of each layer");
     if (kept.size() && kept.size() != n - 1) throw py::value_error("a row keeps what is between its layers, or nothing");
     std::vector<RowLayer> row;
     for (size_t i = 0; i < n; ++i) {
         const LinearPlan& p = plans[i].cast<const LinearPlan&>();
-        row.push_back({&p, input(values[i], "values", {p.nnz()}), optional_input(biases[i], "bias", {p.rows()}), relus[i].cast<bool>()});
+        const bool unread = idle && !i && py::object(values[i]).is_none();
+        row.push_back({&p, unread ? nullptr : input(values[i], "values", {p.nnz()}), optional_input(biases[i], "bias", {p.rows()}), relus[i].cast<bool>()});
         if (i < kept.size()) row.back().kept = output(kept[i], "kept", {p.rows() * LinearPlan::packed_lanes(batch)});
     }
     return row;
@@ -230,7 +232,7 @@ void row_backward(const py::sequence& plans, const Array& x, const Array& dy, co
                   const py::sequence& relus, const py::sequence& kept, const py::object& out, const py::object& dx, const py::sequence& dvalues, const py::sequence& dbiases,
                   const py::object& threads) {
     const i64 b = batch_of(x, "x", 2);
-    auto row = row_of(plans, values, biases, relus, kept, b);
+    auto row = row_of(plans, values, biases, relus, kept, b, dx.is_none() && kept.size());
     if (dvalues.size() != row.size() || dbiases.size() != row.size()) throw py::value_error("a row needs places for the gradients of each layer, or None");
     const LinearPlan &first = *row.front().plan, &last = *row.back().plan;
     const float *xp = input(x, "x", {b, first.cols()}), *gp = input(dy, "dy", {b, last.rows()});

@@ -187,8 +187,8 @@ struct Layer {
     i64 share() const { return wanted() ? round_up(tiles.a.nnz(), tiles.b.width) + rows() : 0; }
 };
 
-// Each thread takes whole tiles, and takes them through all layers of a row: what is between layers stays in its cache, unless
-// it is kept; what isn't backward makes again. The tiles' shares of the gradients by weights and biases are kept apart and added in their order,
+// Each thread takes whole tiles, and takes them through all layers of a row while what is between layers is in its cache. What
+// is not kept, backward computes again. The tiles' shares of the gradients by weights and biases are kept apart and added in their order,
 // as one thread adds them, a group of tiles at a time.
 struct ByTile {
     const Batch& b; int threads;
@@ -228,7 +228,7 @@ struct ByTile {
     }
 
     void forward(const Source& x, const Target& out) const {
-        const i64 nx = x_floats(), ny = y_floats(), nh = between_floats();
+        const i64 nx = x_floats(), ny = y_floats(), nh = kept() ? 0 : between_floats();
         Scratch xp(nx * slots()), y(ny * slots()), h(nh * slots());
         parallel_for(b.tiles, threads, [&](i64 t, int k) { forward(t, row.size(), x, out, xp.data() + k * nx, y.data() + k * ny, h.data() + k * nh); });
     }
@@ -272,7 +272,7 @@ struct ByTile {
     }
 
     void backward(const Source& x, const Source& dy, const Target& dx) const {
-        const i64 nx = x_floats(), ny = y_floats(), nh = between_floats(), nr = 2 * nx + ny + 2 * nh;
+        const i64 nx = x_floats(), ny = y_floats(), ng = between_floats(), nh = kept() ? 0 : ng, nr = 2 * nx + ny + nh + ng;
         const bool apart = share() && threads > 1;
         const i64 n = apart ? group() : b.tiles;
         Scratch space(nr * slots()), shares(apart ? n * share() : 0);
@@ -286,6 +286,7 @@ struct ByTile {
             if (!apart) continue;
             const float* from = shares.data();
             for (size_t i = row.size(); i-- > 0; from += row[i].share()) {
+                if (!row[i].wanted()) continue;
                 add(from, t0 ? 0 : 1, count, row[i].tiles.a.nnz(), row[i].dvalues);
                 add(from + row[i].share() - row[i].rows(), t0 ? 0 : 1, count, row[i].rows(), row[i].dbias);
             }

@@ -14,10 +14,6 @@ i32 bits_of(float v) {
     return b & magnitude;
 }
 
-}  // namespace
-
-namespace {
-
 // find(first, last, pos, val, finite) for every part, which writes from its own start on; what was found moves together afterwards.
 template <class F> i64 by_parts(i64 n, i32* pos, float* val, bool& finite, int threads, F&& find) {
     constexpr i64 part = 1 << 15;

@@ -122,9 +122,12 @@ def _check_row(batch, sizes, density, keep, last_relu, threads, seed):
     kernels.row_forward(*args, kept, y, threads)
     back = lambda dx, dvs, dbs: kernels.row_backward(plans, x, dy, values, biases, relus, kept, y, dx, dvs, dbs, threads)
     back(dx, dvs, dbs)
-    some,none = [None, *map(np.empty_like, dvs[1:])],[None]*len(plans)
-    back(None, some, none)
-    for got,ok in ((y,want), (dx,want_dx), *zip(dvs, [g for g,_ in grads]), *zip(dbs, [g for _,g in grads]), *zip(some[1:], dvs[1:])): np.testing.assert_array_equal(got, ok)
+    for got,ok in ((y,want), (dx,want_dx), *zip(dvs, [g for g,_ in grads]), *zip(dbs, [g for _,g in grads])): np.testing.assert_array_equal(got, ok)
+    some = lambda xs: [np.full_like(o, np.nan) if rng.random() < .5 else None for o in xs]
+    for _ in range(3):
+        few = some([dx]),some(dvs),some(dbs)
+        back(few[0][0], *few[1:])
+        for got,ok in zip(sum(few, []), [dx, *dvs, *dbs]): assert got is None or np.array_equal(got, ok)
 
 def test_wrong_rows_are_exceptions():
     plans,x,dy,values,biases,relus = _draw_row(np.random.default_rng(0), (6, 5, 4), 1., 9, (True, True))
@@ -148,8 +151,56 @@ def test_what_a_row_keeps():
     keeps = lambda batch, *ds, trains=True: Row((batch,), 1, 'scalar', (*map(plan, ds), plan(.5, 8)), (True,)*(len(ds)+1), trains).keeps
     assert keeps(2048, .1) and keeps(1024, .01) and not keeps(2048, .01) and not keeps(600, .01, .01) and not keeps(64, .1, trains=False)
 
+def test_a_row_with_more_shares_than_are_kept_at_a_time():
+    "Two groups of tiles, whose gradients add up as those of one."
+    rng = np.random.default_rng(0)
+    plans,x,dy,values,biases,relus = _draw_row(rng, (1200, 1500, 40), .5, 1900, (True, False))
+    assert 2*-(-1900//128) * sum(p.nnz for p in plans) > 2**22
+    y,dx,dvs,dbs = np.empty_like(dy),np.empty_like(x),[np.empty(p.nnz, np.float32) for p in plans],[np.empty(p.n_rows, np.float32) for p in plans]
+    if not plans[0].whole_tiles(1900, 2): pytest.skip('tiles of another instruction set')
+    want,want_dx,grads = _layer_by_layer(plans, x, dy, values, biases, relus, 2)
+    kernels.row_forward(plans, x, values, biases, relus, [], y, 2)
+    kernels.row_backward(plans, x, dy, values, biases, relus, [], y, dx, dvs, dbs, 2)
+    for got,ok in ((y,want), (dx,want_dx), *zip(dvs, [g for g,_ in grads]), *zip(dbs, [g for _,g in grads])): np.testing.assert_array_equal(got, ok)
+
+def test_a_row_is_made_for_torchs_number_of_threads(monkeypatch, linked_calls):
+    m = row((20, 30, 10), (.8, .8), (nn.ReLU(), nn.ReLU()))
+    x = torch.randn(300, 20)
+    want,seen = m(x),[]
+    monkeypatch.setattr(kernels.LinearPlan, 'whole_tiles', lambda self, batch, threads: (seen.append(threads), False)[1])
+    monkeypatch.setattr('fastsparse.links.torch.get_num_threads', lambda: 5)
+    assert torch.equal(as_kernel(m)(x), want) and seen == [5]
+
+@pytest.mark.parametrize('much', [True, False])
+def test_backward_twice_and_changes_in_between(much, monkeypatch, one_thread):
+    monkeypatch.setattr('fastsparse.links._much', 0 if much else 2**21)
+    m = as_kernel(row((100, 200, 30), (.995, .995), (nn.ReLU(), nn.ReLU())))
+    x,dy = torch.randn(40, 100),torch.randn(40, 30)
+    y = m(x)
+    grads = [torch.autograd.grad(y, list(m.parameters()), dy, retain_graph=True) for _ in range(2)]
+    assert all(torch.equal(a, b) for a,b in zip(*grads))
+    with torch.no_grad(): m[2].bias.add_(1)                       # nobody reads it again
+    if not much:
+        torch.autograd.grad(y, list(m.parameters()), dy, retain_graph=True)
+        with torch.no_grad(): m[0].weight.add_(1); m[0].bias.add_(1)      # x needs no gradient
+        assert all(torch.equal(a, b) for a,b in zip(torch.autograd.grad(y, list(m.parameters()), dy, retain_graph=True), grads[0]))
+    with torch.no_grad(): m[2].weight.add_(1)
+    with pytest.raises(RuntimeError, match='inplace'): torch.autograd.grad(y, list(m.parameters()), dy)
+
+@pytest.mark.parametrize('name', ['row_forward', 'row_backward'])
+def test_after_a_failure_layers_go_one_by_one(name, monkeypatch, linked_calls, one_thread):
+    k = as_kernel(row((20, 30, 10), (.8, .8), (nn.ReLU(), nn.ReLU())))
+    x,dy = torch.randn(37, 20),torch.randn(37, 10)
+    want = results(k, x, dy)
+    def fail(*a, **kw): raise RuntimeError('out of luck')
+    with monkeypatch.context() as mp:
+        mp.setattr(kernels, name, fail)
+        for a,b in zip(results(k, x, dy), want): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        mp.setattr(RowFunction, 'apply', lambda *a: 1/0)
+        assert all(torch.equal(a, b) for a,b in zip(results(k, x, dy), want))
+
 @pytest.mark.parametrize('sparsity', [.8, .995])
-def test_a_large_row_is_trained_like_its_layers(sparsity):
+def test_a_large_row_is_trained_like_its_layers(sparsity, one_thread):
     m = row((40, 2000, 30), (sparsity, sparsity), (nn.ReLU(), nn.ReLU()))
     x,dy = torch.randn(1200, 40),torch.randn(1200, 30)
     seen = []
@@ -278,7 +329,10 @@ def test_the_result_is_no_view():
     k = as_kernel(row((20, 30), (.8,), (nn.ReLU(),)))
     for x in torch.randn(8, 20),torch.randn(2, 4, 20): assert not k(x)._is_view() and k(x).detach_().shape == (*x.shape[:-1], 30)
 
-def test_another_instruction_set_in_between_is_an_error():
+@pytest.mark.parametrize('much', [0, 2**21])
+def test_another_instruction_set_in_between_is_an_error(much, monkeypatch):
+    monkeypatch.setattr('fastsparse.links._much', much)
+    monkeypatch.setattr('fastsparse.links._few', 0 if much else 1)
     old = kernels.isa()
     y = as_kernel(row((20, 30, 10), (.8, .8), (nn.ReLU(), nn.ReLU())))(torch.randn(128, 20))
     try:

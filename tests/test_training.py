@@ -3,7 +3,7 @@ from functools import partial
 import numpy as np, pytest, torch, torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings, strategies as st
 from torch import nn
-from fastai.basics import Adam, Callback, CancelFitException, DataLoader, DataLoaders, Learner, OptimWrapper, SGD, load_model, save_model
+from fastai.basics import Adam, Callback, CancelFitException, DataLoader, DataLoaders, Learner, OptimWrapper, SGD, TensorBase, load_model, save_model
 from fastai.callback.fp16 import MixedPrecision
 import fastai.callback.hook
 from fastai.callback.schedule import fit_one_cycle
@@ -679,6 +679,22 @@ def test_other_attention_is_left_to_pytorch(monkeypatch):
     m.double()(*[x.double()]*3, **plain); m.float()
     m.dropout = .5; m(x, x, x, **plain)
     with pytest.raises(ZeroDivisionError): m.eval()(x, x, x, **plain)
+    monkeypatch.setattr(training, 'most_scores', 2*3*80*80-1)
+    m(x, x, x, **plain)
+
+def test_short_attention_of_a_subclass_of_tensor():
+    torch.manual_seed(0)
+    m = nn.MultiheadAttention(24, 3, batch_first=True)
+    sparsify_model(m, .6)
+    training.compress_params(m, sparse_params(m))
+    x,res = torch.randn(2, 80, 24),[]
+    for t in TensorBase(x.clone()),x.clone():
+        y = m(t.requires_grad_(), t, t, need_weights=False)[0]
+        y.square().sum().backward()
+        res.append((y, t.grad, *[p.grad.clone() for p in m.parameters()]))
+        m.zero_grad()
+    assert type(res[0][0]) is TensorBase
+    for a,b in zip(*res): assert torch.equal(a.as_subclass(torch.Tensor), b)
 
 def test_ever_active_is_kept_in_bits_and_older_checkpoints_load():
     cb = dst(every=2)

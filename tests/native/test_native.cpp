@@ -72,23 +72,32 @@ double density() { static const double d[] = {0, .02, .1, .3, 1}; return d[draw(
 
 using Doubles = std::vector<double>;
 
-// The same layer after another one and a ReLU, tile by tile: what comes out of that is x, its ReLU taken for granted.
-void in_row(const LinearPlan& plan, i64 b, int threads, Buffer& x, Buffer& v, Buffer& bias, Buffer& dy, Buffer& y, Buffer& dv) {
+// The same layer, with a ReLU, after another one with a ReLU: tile by tile, against one layer after the other.
+void in_row(const LinearPlan& plan, i64 b, int threads, Buffer& x, Buffer& v, Buffer& bias, Buffer& dy) {
     const i64 rows = plan.rows(), cols = plan.cols();
-    std::vector<i64> indptr(size_t(cols) + 1);
-    std::vector<i32> idx(static_cast<size_t>(cols));
-    for (i64 i = 0; i < cols; ++i) { indptr[size_t(i) + 1] = i + 1; idx[size_t(i)] = i32(i); }
-    const LinearPlan same(indptr.data(), cols + 1, idx.data(), cols, cols, cols);
+    const Mask m(cols, cols, draw(0, 1) ? .01 : .3);
+    const LinearPlan before(m.indptr.data(), cols + 1, m.idx.data(), m.nnz(), cols, cols);
     const Isa& isa = current_isa();
-    if (!plan.whole_tiles(b, threads) || plan.tile_vectors(isa) != same.tile_vectors(isa)) return;
-    Buffer ones(cols, false), none(cols, false), got(b * rows, false), dx(b * cols, false), got_dv(plan.nnz(), false), d1(cols, false), kept(cols * LinearPlan::packed_lanes(b), false);
-    for (i64 i = 0; i < cols; ++i) { ones[i] = 1; none[i] = 0; }
+    if (!plan.whole_tiles(b, threads) || plan.tile_vectors(isa) != before.tile_vectors(isa)) return;
+    Buffer v0(m.nnz()), bias0(cols), h(b * cols, false), y(b * rows, false), g(b * rows, false), dh(b * cols, false), dx(b * cols, false);
+    Buffer dv(plan.nnz(), false), db(rows, false), dv0(m.nnz(), false), db0(cols, false);
+    before.forward(x.data(), b, v0.data(), bias0.data(), h.data(), threads, {false, false, true});
+    plan.forward(h.data(), b, v.data(), bias.data(), y.data(), threads, {false, false, true});
+    plan.backward(h.data(), dy.data(), b, v.data(), dh.data(), dv.data(), db.data(), threads, {false, false, true}, y.data());
+    before.backward(x.data(), dh.data(), b, v0.data(), dx.data(), dv0.data(), db0.data(), threads, {false, false, true}, h.data());
+    const auto same = [](const char* what, Buffer&& got, Buffer& want) { compare(what, std::move(got), {want.data(), want.data() + want.n}, 1); };
+    Buffer kept(cols * LinearPlan::packed_lanes(b), false);
     for (float* keep : {static_cast<float*>(nullptr), kept.data()}) {
-        const std::vector<RowLayer> row{{&same, ones.data(), none.data(), false, keep, d1.data(), nullptr}, {&plan, v.data(), bias.data(), true, nullptr, got_dv.data(), nullptr}};
-        LinearPlan::forward(row, x.data(), b, got.data(), threads);
-        LinearPlan::backward(row, x.data(), dy.data(), got.data(), b, dx.data(), threads);
-        compare("row out", std::move(got), {y.data(), y.data() + y.n}, cols);
-        compare("row dvalues", std::move(got_dv), {dv.data(), dv.data() + dv.n}, b);
+        Buffer y1(b * rows, false), dx1(b * cols, false), dv1(plan.nnz(), false), db1(rows, false), dv2(m.nnz(), false), db2(cols, false);
+        const std::vector<RowLayer> row{{&before, v0.data(), bias0.data(), true, keep, dv2.data(), db2.data()}, {&plan, v.data(), bias.data(), true, nullptr, dv1.data(), db1.data()}};
+        LinearPlan::forward(row, x.data(), b, y1.data(), threads);
+        LinearPlan::backward(row, x.data(), dy.data(), y1.data(), b, dx1.data(), threads);
+        same("row out", std::move(y1), y);
+        same("row dx", std::move(dx1), dx);
+        same("row dvalues", std::move(dv1), dv);
+        same("row dbias", std::move(db1), db);
+        same("row first dvalues", std::move(dv2), dv0);
+        same("row first dbias", std::move(db2), db0);
     }
 }
 
@@ -115,7 +124,7 @@ void linked(const LinearPlan& plan, i64 b, int threads, Buffer& x, Buffer& v, Bu
     for (i64 i = 0; i < y.n; ++i) g[i] = y[i] > 0 ? dy[i] : 0;
     plan.backward(x.data(), dy.data(), b, v.data(), dx1.data(), dv1.data(), nullptr, threads, {false, false, true}, y.data());
     plan.backward(x.data(), g.data(), b, v.data(), dx2.data(), dv2.data(), nullptr, threads);
-    in_row(plan, b, threads, x, v, bias, dy, y, dv1);
+    in_row(plan, b, threads, x, v, bias, dy);
     compare("relu out", std::move(y), out, cols);
     compare("relu dx", std::move(dx1), {dx2.data(), dx2.data() + dx2.n}, rows);
     compare("relu dvalues", std::move(dv1), {dv2.data(), dv2.data() + dv2.n}, b);
