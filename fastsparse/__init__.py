@@ -10,7 +10,7 @@ _public = dict(
     layers='SparseLinear SparseConv2d sparsify_conv2d_auto swap_modules_with_sparse',
     training='expand_model',
     checkpoint='load_sparse_model load_sparse_state save_checkpoint CheckpointCallback ResumeCallback',
-    callback='DynamicSparseTrainingCallback SparseKernelsCallback sparse_kernels_report SET_presets SNFS_presets RigL_presets '
+    callback='DynamicSparseTrainingCallback SparseKernelsCallback sparse_kernels_report dense_parameters SET_presets SNFS_presets RigL_presets '
              'Sparsity EverActive',
     interpret='sparsity_report count_flops plot_sparsity plot_updates plot_training')
 _home = {name: module for module,names in _public.items() for name in names.split()}

@@ -118,6 +118,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'fastsparse.callback._return': ('callback.html#_return', 'fastsparse/callback.py'),
                                      'fastsparse.callback.add_bits': ('callback.html#add_bits', 'fastsparse/callback.py'),
                                      'fastsparse.callback.borrowed_slots': ('callback.html#borrowed_slots', 'fastsparse/callback.py'),
+                                     'fastsparse.callback.dense_parameters': ('callback.html#dense_parameters', 'fastsparse/callback.py'),
                                      'fastsparse.callback.dl_batch_sizes': ('callback.html#dl_batch_sizes', 'fastsparse/callback.py'),
                                      'fastsparse.callback.n_bits': ('callback.html#n_bits', 'fastsparse/callback.py'),
                                      'fastsparse.callback.only_validates': ('callback.html#only_validates', 'fastsparse/callback.py'),

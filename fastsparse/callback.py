@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SET_presets', 'SNFS_presets', 'RigL_presets', 'dl_batch_sizes', 'borrowed_slots', 'only_validates', 'KernelSwitch',
-           'SparseKernelsCallback', 'sparse_kernels_report', 'KernelLinBnDrop', 'pack_bits', 'unpack_bits', 'add_bits',
-           'n_bits', 'DynamicSparseTrainingCallback', 'Sparsity', 'EverActive']
+           'SparseKernelsCallback', 'sparse_kernels_report', 'dense_parameters', 'KernelLinBnDrop', 'pack_bits',
+           'unpack_bits', 'add_bits', 'n_bits', 'DynamicSparseTrainingCallback', 'Sparsity', 'EverActive']
 
 # %% ../nbs/07_callback.ipynb #ab246743
 import warnings, weakref
@@ -27,7 +27,8 @@ from .topology import n_true, apply_masks, check_mask, drop_and_grow, grad_mask,
 from .layers import hold_interrupts
 from .links import linking_types, _Steps
 from .steps import fuse_steps, plain_steps, why_not_fused
-from .training import CompressedUpdate, SparseCompute, expand_model, hide_compression, param_compressed, updates_compressed
+from .training import (CompressedUpdate, SparseCompute, compress_params, expand_model, expand_param, hide_compression, param_compressed,
+                                 updates_compressed, _settle_attention)
 
 # %% ../nbs/07_callback.ipynb #c98a0f5a
 SET_presets = dict(keep_score_f=weight_magnitude, grow_score_f=random_score, initial_drop_grow_pct=0.3, stop_pct=1., update_replaces_step=False)
@@ -201,6 +202,18 @@ def sparse_kernels_report(
     rows = list(compute.log.values())
     if neighbours: rows += [dict(layer=n, **r) for n,r in compute.near.log.items()]
     return pd.DataFrame(rows).set_index('layer')
+
+# %% ../nbs/07_callback.ipynb #07ad0002
+@contextmanager
+def dense_parameters(
+    learn, # A learner, in a fit or with layers that stay on the kernels
+):
+    "Inside, every weight, gradient and optimizer slot of the model is dense, whichever way layers run outside."
+    small = [p for p in sparse_params(learn.model) if param_compressed(p)]
+    for p in small: expand_param(p, learn.opt)
+    _settle_attention(learn.model)
+    try: yield
+    finally: compress_params(learn.model, small, learn.opt)
 
 # %% ../nbs/07_callback.ipynb #07c05a02
 class KernelLinBnDrop(_Steps, LinBnDrop):

@@ -10,8 +10,10 @@ from fastai.callback.schedule import fit_one_cycle
 from fastai.callback.tracker import SaveModelCallback
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.optimizer import Lamb, RAdam, ranger
+from fastai.interpret import Interpretation
+from torch.optim.swa_utils import AveragedModel
 from fastsparse import (DynamicSparseTrainingCallback, RigL_presets, SET_presets, SNFS_presets, CheckpointCallback, ResumeCallback, SparseKernelsCallback,
-                        load_sparse_model, sparse_kernels_report, sparse_params, sparsify_model)
+                        dense_parameters, load_sparse_model, sparse_kernels_report, sparse_params, sparsify_model)
 from fastsparse import kernels, layers, topology, training
 from fastsparse.training import TimingCache, expand_model, param_compressed
 from conftest import quiet, toy_items, Items
@@ -84,6 +86,52 @@ def test_same_training_with_every_optimizer(opt_func):
 def test_composes(cbs):
     off,on = [run(learner(), 4, dst('RigL', on, every=2), *cbs()) for on in (False, True)]
     assert close(off.model.state_dict(), on.model.state_dict(), 1e-3, 1e-5)
+
+class ByName(Callback):
+    "An average of weights as timm keeps it."
+    def before_fit(self): self.avg = {k: v.clone().float() for k,v in self.model.state_dict().items()}
+    def after_step(self):
+        for k,v in self.model.state_dict().items(): self.avg[k].lerp_(v.float(), .1)
+
+class ByParameter(Callback):
+    "As torch keeps it."
+    def before_fit(self): self.torchs = AveragedModel(self.model, avg_fn=lambda a,b,n: a + .1*(b-a))
+    def after_step(self):
+        with dense_parameters(self.learn): self.torchs.update_parameters(self.model)
+    def after_fit(self): self.avg = self.torchs.module.state_dict()
+
+@pytest.mark.parametrize('ema_f', [ByName, ByParameter])
+@pytest.mark.parametrize('order', [-5, 200])
+def test_averages_of_weights(ema_f, order):
+    avgs = []
+    for on in False,True:
+        ema,cb = ema_f(),dst(on=on)
+        ema.order = order
+        learn = run(learner(), 3, cb, ema)
+        assert cb.updates
+        check(learn)
+        avgs.append(ema.avg)
+    assert close(*avgs)
+
+def test_dense_parameters_outside_of_fit():
+    learn = learner()
+    with dense_parameters(learn): pass
+    run(learn, 1, dst(keep_kernels=True))
+    before,weights = [p.clone() for p in learn.model.parameters()],learn.model.state_dict()
+    with dense_parameters(learn):
+        assert [p.param.shape for p in sparse_params(learn.model)] == [p.mask.shape for p in sparse_params(learn.model)]
+        assert all(v.equal(weights[k]) for k,v in learn.model.state_dict().items())
+    assert all(a.equal(b) for a,b in zip(before, learn.model.parameters()))
+    with pytest.raises(ZeroDivisionError), dense_parameters(learn): 1/0
+    assert all(param_compressed(p) for p in sparse_params(learn.model))
+
+def test_interpretation_of_compressed_layers():
+    learn = run(learner(), 1, dst(keep_kernels=True))
+    assert all(param_compressed(p) for p in sparse_params(learn.model))
+    with quiet(learn): a = Interpretation.from_learner(learn).top_losses(5)
+    expand_model(learn.model, learn.opt)
+    with quiet(learn): b = Interpretation.from_learner(learn).top_losses(5)
+    assert torch.allclose(a[0], b[0], atol=1e-5) and list(a[1]) == list(b[1])
 
 def test_runs_are_identical_on_the_kernels():
     a,b = [run(learner(Conv), 4, dst()) for _ in range(2)]
