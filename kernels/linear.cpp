@@ -194,6 +194,7 @@ struct ByTile {
     const Batch& b; int threads;
     std::vector<Layer> row;
 
+    static constexpr i64 apart_by = 1040;  // floats: a page and a line, lest blocks of scratch fall into the same sets of the cache
     bool even() const { return shared_evenly(b.tiles, threads); }
     int slots() const { return int(std::min<i64>(threads, b.tiles)); }
     template <class F> i64 most(F&& floats) const {
@@ -228,9 +229,12 @@ struct ByTile {
     }
 
     void forward(const Source& x, const Target& out) const {
-        const i64 nx = x_floats(), ny = y_floats(), nh = kept() ? 0 : between_floats();
-        Scratch xp(nx * slots()), y(ny * slots()), h(nh * slots());
-        parallel_for(b.tiles, threads, [&](i64 t, int k) { forward(t, row.size(), x, out, xp.data() + k * nx, y.data() + k * ny, h.data() + k * nh); });
+        const i64 nx = x_floats() + apart_by, ny = y_floats() + apart_by, n = nx + ny + (kept() ? 0 : between_floats());
+        Scratch space(n * slots());
+        parallel_for(b.tiles, threads, [&](i64 t, int slot) {
+            float* p = space.data() + slot * n;
+            forward(t, row.size(), x, out, p, p + nx, p + nx + ny);
+        });
     }
 
     i64 share() const {
@@ -272,7 +276,7 @@ struct ByTile {
     }
 
     void backward(const Source& x, const Source& dy, const Target& dx) const {
-        const i64 nx = x_floats(), ny = y_floats(), ng = between_floats(), nh = kept() ? 0 : ng, nr = 2 * nx + ny + nh + ng;
+        const i64 nx = x_floats() + apart_by, ny = y_floats() + apart_by, ng = between_floats(), nh = kept() ? 0 : ng + apart_by, nr = 2 * nx + ny + nh + ng + apart_by;
         const bool apart = share() && threads > 1;
         const i64 n = apart ? group() : b.tiles;
         Scratch space(nr * slots()), shares(apart ? n * share() : 0);
