@@ -278,14 +278,14 @@ def plan_for(
 # %% ../nbs/05_layers.ipynb #de835d47
 def _dtype(t): return 'bfloat16' if t.dtype is torch.bfloat16 else 'float32'
 
-def _survives(plan, kernel, *args):
-    "Run a kernel; `False` if it fails or has failed for this structure before. A call with wrong arguments still raises."
-    if plan.broken: return False
+def _survives(plan, kernel, *args, mark='broken'):
+    "Run a kernel; `False` if it fails or has failed for this structure before, which its `mark` tells. A call with wrong arguments still raises."
+    if getattr(plan, mark): return False
     try: kernel(*args)
     except RuntimeError as e:
-        plan.broken = True
+        setattr(plan, mark, True)
         say_once(f'a kernel failed: {e}')
-    return not plan.broken
+    return not getattr(plan, mark)
 
 def _dense_backward(geom, plan, x, dy, values, x_shape, need_x, need_v, v_dtype):
     "`run_backward` by PyTorch's dense operators."

@@ -15,7 +15,7 @@ from torch.autograd import Function
 from torch.nn.modules import module as nn_module
 from torch.overrides import handle_torch_function, has_torch_function_unary
 from . import kernels
-from .layers import (CompressedLinear, LinearGeometry, SparseLinear, dense_weight, differentiable_once, plan_for, say_once,
+from .layers import (CompressedLinear, LinearGeometry, SparseLinear, dense_weight, differentiable_once, plan_for,
                                _dense_backward, _ordinary, _survives, _values)
 from .topology import MaskHook
 
@@ -143,13 +143,7 @@ class RowFunction(Function):
 
 def _row_survives(row, kernel, *args):
     "As `_survives`; after a failure these layers go one by one, and if the kernels fail there too they say which."
-    first = row.plans[0]
-    if first.alone: return False
-    try: kernel(*args)
-    except RuntimeError as e:
-        first.alone = True
-        say_once(f'a kernel failed: {e}')
-    return not first.alone
+    return _survives(row.plans[0], kernel, *args, mark='alone')
 
 def _of_row(row, params):
     "Values and biases for the kernel."

@@ -727,7 +727,7 @@ def test_other_attention_is_left_to_pytorch(monkeypatch):
     m.double()(*[x.double()]*3, **plain); m.float()
     m.dropout = .5; m(x, x, x, **plain)
     with pytest.raises(ZeroDivisionError): m.eval()(x, x, x, **plain)
-    monkeypatch.setattr(training, 'most_scores', 2*3*80*80-1)
+    monkeypatch.setattr(training, '_most_scores', 2*3*80*80-1)
     m(x, x, x, **plain)
 
 def test_short_attention_of_a_subclass_of_tensor():
