@@ -133,8 +133,11 @@ def test_interpretation_of_compressed_layers():
     with quiet(learn): b = Interpretation.from_learner(learn).top_losses(5)
     assert torch.allclose(a[0], b[0], atol=1e-5) and list(a[1]) == list(b[1])
 
-def test_runs_are_identical_on_the_kernels():
-    a,b = [run(learner(Conv), 4, dst()) for _ in range(2)]
+@pytest.mark.parametrize('deterministic', [False, True])
+def test_runs_are_identical_on_the_kernels(deterministic):
+    torch.use_deterministic_algorithms(deterministic)
+    try: a,b = [run(learner(Conv), 4, dst()) for _ in range(2)]
+    finally: torch.use_deterministic_algorithms(False)
     assert all(v.equal(b.model.state_dict()[k]) for k,v in a.model.state_dict().items())
 
 @pytest.mark.parametrize('grow', [RigL_presets['grow_score_f'], lambda p,opt: p.grad.abs()])
