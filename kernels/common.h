@@ -82,12 +82,16 @@ struct Isa {
     void (*crop)(const float* src, i64 src_pitch, i64 rows, i64 cols, float* dst, i64 dst_pitch);
     // dst[r, j] = src[r, first + j*step], zero outside the row: rows of dst_pitch floats
     void (*pad_every)(const float* src, i64 src_pitch, i64 rows, i64 cols, i64 first, i64 step, float* dst, i64 dst_pitch);
+    // The same for first and first+1 with step 2; each row is written up to whole vectors, in order
+    void (*unzip)(const float* src, i64 src_pitch, i64 rows, i64 cols, i64 first, float* even, float* odd, i64 dst_pitch);
     void (*spread)(const float* src, i64 n, i64 step, float* dst);             // dst[j*step] = src[j]
-    void (*zip)(const float* a, const float* b, i64 n, float* dst);            // dst[2j] = a[j], dst[2j+1] = b[j]
-    void (*stream)(const float* src, i64 n, float* dst);                       // a copy past the caches and a fence
+    // dst[r, 2j] = a[r, j], dst[r, 2j+1] = b[r, j]: rows of n floats. Sources are readable up to a whole vector
+    void (*zip)(const float* a, const float* b, i64 src_pitch, i64 rows, i64 n, float* dst, i64 dst_pitch);
+    void (*stream)(const float* src, i64 n, float* dst);                       // a copy past the caches
+    void (*fence)();                                                           // after all that went past them
     // dst[i*W + lane] = the next float from src + at[i] for each lane in keep[i], zero in the others; null where slow
     void (*expand)(const float* src, const i32* at, const uint16_t* keep, i64 n, float* dst);
-    // crop to rows that follow each other, past the caches but without a fence, for at least a vector of columns; null where slow
+    // crop to rows that follow each other, past the caches, for at least a vector of columns; null where slow
     void (*crop_stream)(const float* src, i64 src_pitch, i64 rows, i64 cols, float* dst);
     // Batch normalisation, float by float; s1 and s2 collect, all others hold a channel's number for each of its floats.
     void (*moments)(const float* x, i64 n, const float* shift, float* s1, float* s2);                       // x + shift and its square

@@ -12,16 +12,24 @@ constexpr i64 l1_floats = 9 * 1024, l2_floats = 256 * 1024;
 // Pixels from the first to the last of n rows, in the pitch of the packed block.
 i64 flat(const Gather& g, i64 rows, i64 cols) { return (rows - 1) * g.pw + cols; }
 
+// A channel's phases of the stride, those of one row phase after each other.
 void pack_strided(const Isa& isa, const Gather& g, const float* src, i64 t0, float* dst) {
-    for (i64 p = 0; p < g.steps(); ++p, dst += g.step_plane) {
-        if (!g.used_step[p]) continue;
+    for (i64 py = 0; py < g.istep_y; ++py, dst += g.istep_x * g.step_plane) {
         // Input row of packed row r: step*r + y0.
-        const i64 y0 = g.istep_y * t0 + g.dy_min + p / g.istep_x, first = g.dx_min + p % g.istep_x;
+        const i64 y0 = g.istep_y * t0 + g.dy_min + py, pitch = g.istep_y * g.in_w;
         const i64 lo = std::clamp<i64>(y0 < 0 ? ceil_div(-y0, g.istep_y) : 0, 0, g.ph);
         const i64 hi = std::clamp<i64>(y0 >= g.in_h ? 0 : ceil_div(g.in_h - y0, g.istep_y), lo, g.ph);
-        std::fill(dst, dst + lo * g.pw, 0.f);
-        isa.pad_every(src + (y0 + g.istep_y * lo) * g.in_w, g.istep_y * g.in_w, hi - lo, g.in_w, first, g.istep_x, dst + lo * g.pw, g.pw);
-        std::fill(dst + hi * g.pw, dst + g.step_plane, 0.f);
+        const float* from = src + (y0 + g.istep_y * lo) * g.in_w;
+        float* to = dst + lo * g.pw;
+        const char* used = &g.used_step[py * g.istep_x];
+        const bool both = g.istep_x == 2 && used[0] && used[1];
+        if (both) isa.unzip(from, pitch, hi - lo, g.in_w, g.dx_min, to, to + g.step_plane, g.pw);
+        for (i64 px = 0; px < g.istep_x; ++px, to += g.step_plane) {
+            if (!used[px]) continue;
+            if (!both) isa.pad_every(from, pitch, hi - lo, g.in_w, g.dx_min + px, g.istep_x, to, g.pw);
+            std::fill(to - lo * g.pw, to, 0.f);
+            std::fill(to + (hi - lo) * g.pw, to - lo * g.pw + g.step_plane, 0.f);
+        }
     }
 }
 
@@ -55,35 +63,52 @@ template <class F> void each_tile(i64 n, int most, F&& f) {
     for (int m : split_tiles(n, most)) { f(v, m); v += m; }
 }
 
-// The results of a chunk of rows for one row phase: y[column phase, row, position], position in the block's pitch.
+// The results of a chunk of rows: y[phase, row, position], position in the block's pitch.
 struct Result {
     const Isa& isa; const Gather& g;
     float* y; i64 ypitch;              // from row to row
-    float* line;                       // room for a plane
+    float* planes;                     // room for `together` planes
+    i64 together;                      // planes that are whole cache lines
     bool far;                          // too large for the caches
 
-    // out[t*ostep + py, x*ostep + px] = y[px, row, t, x]
-    void copy(i64 row, i64 t0, i64 rows, i64 py, i64 chunk, float* out) const {
-        const float* src = y + row * ypitch;
-        float* dst = out + (t0 * g.ostep_y + py) * g.out_w;
-        if (g.ostep_x > 1) return merge(src, rows, chunk, dst);
-        if (!far || g.ostep_y > 1) return isa.crop(src, g.pw, rows, g.out_w, dst, g.ostep_y * g.out_w);
-        if (isa.crop_stream && g.out_w >= g.width && rows * g.out_w % g.width == 0 && t0 * g.out_w % g.width == 0)
-            return isa.crop_stream(src, g.pw, rows, g.out_w, dst);
-        if (g.pw != g.out_w) { isa.crop(src, g.pw, rows, g.out_w, line, g.out_w); src = line; }
-        isa.stream(src, rows * g.out_w, dst);
+    // out[row, t*ostep + py, x*ostep + px] = y[py, px, row, t, x] for a chunk of so many rows
+    void copy(i64 rows, const Task& k, float* out) const {
+        const i64 height = std::min(k.t_rows * g.ostep_y, g.out_h - k.t0 * g.ostep_y), floats = height * g.out_w, plane = g.out_h * g.out_w;
+        out += k.t0 * g.ostep_y * g.out_w;
+        if (far && g.phases() == 1 && isa.crop_stream && g.out_w >= g.width && floats % g.width == 0 && k.t0 * g.out_w % g.width == 0) {
+            for (i64 r = 0; r < rows; ++r) isa.crop_stream(y + r * ypitch, g.pw, height, g.out_w, out + r * plane);
+            return;
+        }
+        for (i64 r = 0; r < rows; r += together) {
+            const i64 n = std::min(together, rows - r);
+            for (i64 i = 0; i < n; ++i)
+                for (i64 py = 0; py < g.ostep_y; ++py)
+                    merge(y + (r + i) * ypitch, py, ceil_div(height - py, g.ostep_y), far ? planes + i * floats : out + (r + i) * plane);
+            if (far) isa.stream(planes, n * floats, out + r * plane);
+        }
     }
 
-    void merge(const float* src, i64 rows, i64 chunk, float* dst) const {
-        const i64 next = chunk * ypitch;
-        for (i64 t = 0; t < rows; ++t, src += g.pw, dst += g.ostep_y * g.out_w) {
-            i64 px = 0;
-            if (g.ostep_x == 2) {
-                isa.zip(src, src + next, g.out_w / 2, dst);
-                if (g.out_w % 2) dst[g.out_w - 1] = src[g.out_w / 2];
-            } else
-                for (; px < g.ostep_x; ++px) isa.spread(src + px * next, ceil_div(g.out_w - px, g.ostep_x), g.ostep_x, dst + px);
+    // The columns of one row phase.
+    void merge(const float* src, i64 py, i64 rows, float* dst) const {
+        const i64 pitch = g.ostep_y * g.out_w, next = g.row_chunk() * ypitch;
+        src += py * g.ostep_x * next;
+        dst += py * g.out_w;
+        if (!has_products(py)) {
+            for (i64 t = 0; t < rows; ++t) std::fill_n(dst + t * pitch, g.out_w, 0.f);
+            return;
         }
+        if (g.ostep_x == 1) return isa.crop(src, g.pw, rows, g.out_w, dst, pitch);
+        if (g.ostep_x == 2) return isa.zip(src, src + next, g.pw, rows, g.out_w, dst, pitch);
+        for (i64 t = 0; t < rows; ++t, src += g.pw, dst += pitch)
+            for (i64 px = 0; px < g.ostep_x; ++px) isa.spread(src + px * next, ceil_div(g.out_w - px, g.ostep_x), g.ostep_x, dst + px);
+    }
+
+    // Or no tap reaches these rows of the input gradient, as every other one of a strided 1x1 kernel.
+    bool has_products(i64 py) const {
+        if (g.ostep_y == 1) return true;
+        for (i64 px = 0; px < g.ostep_x; ++px)
+            if (!g.phase[py * g.ostep_x + px].off.empty()) return true;
+        return false;
     }
 };
 
@@ -102,13 +127,6 @@ void run_phase(const Isa& isa, const Gather& g, i64 phase, i64 c, i64 rows, cons
     });
 }
 
-// Rows of the input gradient that no tap reaches, as every other one of a strided 1x1 kernel.
-bool no_products(const Gather& g, i64 py, const float* bias) {
-    for (i64 px = 0; px < g.ostep_x; ++px)
-        if (!g.phase[py * g.ostep_x + px].off.empty()) return false;
-    return !bias && g.ostep_y > 1;
-}
-
 void run_chunk(const Isa& isa, const Gather& g, const Task& k, i64 c, const float* block, const float* values, const float* bias,
                const Result& to, float* out) {
     const i64 chunk = g.row_chunk(), r0 = c * chunk, r1 = std::min(g.rows, r0 + chunk), plane = g.out_h * g.out_w;
@@ -117,16 +135,11 @@ void run_chunk(const Isa& isa, const Gather& g, const Task& k, i64 c, const floa
         return run_phase(isa, g, 0, c, k.t_rows, block, values, bias, out + r0 * plane + k.t0 * g.out_w, plane, to.far);
     for (i64 py = 0; py < g.ostep_y; ++py) {
         const i64 rows = std::min(k.t_rows, ceil_div(g.out_h - g.ostep_y * k.t0 - py, g.ostep_y));
-        if (rows <= 0) continue;
-        if (no_products(g, py, bias)) {
-            for (i64 r = r0; r < r1; ++r)
-                for (i64 t = 0; t < rows; ++t) std::fill_n(out + r * plane + ((k.t0 + t) * g.ostep_y + py) * g.out_w, g.out_w, 0.f);
-            continue;
-        }
-        for (i64 px = 0; px < g.ostep_x; ++px)
-            run_phase(isa, g, py * g.ostep_x + px, c, rows, block, values, bias, to.y + px * chunk * to.ypitch, to.ypitch, false);
-        for (i64 r = r0; r < r1; ++r) to.copy(r - r0, k.t0, rows, py, chunk, out + r * plane);
+        if (rows <= 0 || !to.has_products(py)) continue;
+        for (i64 p = py * g.ostep_x; p < (py + 1) * g.ostep_x; ++p)
+            run_phase(isa, g, p, c, rows, block, values, bias, to.y + p * chunk * to.ypitch, to.ypitch, false);
     }
+    to.copy(r1 - r0, k, out + r0 * plane);
 }
 
 // Pixels are taken in the image's own order, so that a vector of the packed channel is a mask and a place to read from.
@@ -179,18 +192,18 @@ i64 planes_offset(const Gather& g, i64 dy, i64 dx) {
 
 namespace {
 
-// Scratch of one task: the packed block, the results of a chunk of rows, a plane to straighten them in.
+// Scratch of one task: the packed block, the results of a chunk of rows, planes to straighten them in.
 struct Room {
-    i64 packed, ypitch, results, line;
+    i64 packed, ypitch, results, together, planes;
     bool far;
     Room(const Gather& g, const float* out, i64 n)
         : packed(g.direct ? 0 : round_up(g.channels * g.plane, 1024)), ypitch(round_up(flat(g, g.block, g.t_cols), g.width)),
-          results(g.row_chunk() * g.ostep_x * ypitch), line(round_up(g.block * g.out_w, 16)) {
+          results(g.row_chunk() * g.phases() * ypitch), together(g.blocks() > 1 ? 1 : 16 / gcd(16, g.out_h * g.out_w)), planes(round_up(together * g.block * g.ostep_y * g.out_w, 16)) {
         constexpr i64 large = 2 * 1024 * 1024;  // floats
-        const bool lines = g.out_h * g.out_w % 16 == 0 && reinterpret_cast<uintptr_t>(out) % 64 == 0;  // planes are whole cache lines
+        const bool lines = together * g.out_h * g.out_w % 16 == 0 && reinterpret_cast<uintptr_t>(out) % 64 == 0;
         far = lines && n * g.rows * g.out_h * g.out_w > large;
     }
-    i64 floats() const { return packed + results + line; }
+    i64 floats() const { return packed + results + planes; }
 };
 
 void gather_task(const Isa& isa, const Gather& g, const Room& room, i64 task, const float* in, const float* values, const float* bias,
@@ -198,10 +211,10 @@ void gather_task(const Isa& isa, const Gather& g, const Room& room, i64 task, co
     const Task k = task_of(g, task);
     const float* image = in + k.n0 * g.channels * g.in_h * g.in_w;
     if (!g.direct) pack_block(isa, g, image, k.t0, own);
-    const Result to{isa, g, own + room.packed, room.ypitch, own + room.packed + room.results, room.far};
+    const Result to{isa, g, own + room.packed, room.ypitch, own + room.packed + room.results, room.together, room.far};
     for (i64 c = 0; c < g.phase[0].panels.n_chunks; ++c)
         run_chunk(isa, g, k, c, g.direct ? image + k.t0 * g.in_w : own, values, bias, to, out + k.n0 * g.rows * g.out_h * g.out_w);
-    if (room.far) isa.stream(nullptr, 0, nullptr);  // the fence
+    if (room.far) isa.fence();
 }
 
 }  // namespace

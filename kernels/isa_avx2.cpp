@@ -24,6 +24,8 @@ struct V {
     static V gather(const float* p, const i32* i) { return {_mm256_i32gather_ps(p, _mm256_loadu_si256((const __m256i*)i), 4)}; }
     static __m256i first(i64 n) { return _mm256_cmpgt_epi32(_mm256_set1_epi32(int(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)); }
     static V load_first(const float* p, i64 n) { return {_mm256_maskload_ps(p, first(n))}; }
+    // Lanes from..to of what is at p, zero in the others.
+    static V load_between(const float* p, i64 from, i64 to) { return {_mm256_maskload_ps(p, _mm256_andnot_si256(first(from), first(to)))}; }
     static void store_first(float* p, V a, i64 n) { _mm256_maskstore_ps(p, first(n), a.v); }
     static void store(float* p, V a) { _mm256_storeu_ps(p, a.v); }
     static V add(V a, V b) { return {_mm256_add_ps(a.v, b.v)}; }
@@ -35,6 +37,12 @@ struct V {
         const __m256d s = _mm256_castps_pd(_mm256_shuffle_ps(a.v, b.v, 0x88));
         return {_mm256_castpd_ps(_mm256_permute4x64_pd(s, 0xd8))};
     }
+    static V odd(V a, V b) {
+        const __m256d s = _mm256_castps_pd(_mm256_shuffle_ps(a.v, b.v, 0xdd));
+        return {_mm256_castpd_ps(_mm256_permute4x64_pd(s, 0xd8))};
+    }
+    static V zip_low(V a, V b) { return {_mm256_permute2f128_ps(_mm256_unpacklo_ps(a.v, b.v), _mm256_unpackhi_ps(a.v, b.v), 0x20)}; }
+    static V zip_high(V a, V b) { return {_mm256_permute2f128_ps(_mm256_unpacklo_ps(a.v, b.v), _mm256_unpackhi_ps(a.v, b.v), 0x31)}; }
     // best and won become v and place in the lanes where v is larger, or NaN.
     static void keep_larger(V v, V place, V& best, V& won) {
         const __m256 m = _mm256_or_ps(_mm256_cmp_ps(v.v, best.v, _CMP_GT_OQ), _mm256_cmp_ps(v.v, v.v, _CMP_UNORD_Q));

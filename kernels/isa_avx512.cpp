@@ -31,6 +31,8 @@ struct V {
     static V gather(const float* p, const i32* i) { return {_mm512_i32gather_ps(_mm512_loadu_si512(i), p, 4)}; }
     static __mmask16 first(i64 n) { return __mmask16((1u << n) - 1); }
     static V load_first(const float* p, i64 n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }
+    // Lanes from..to of what is at p, zero in the others.
+    static V load_between(const float* p, i64 from, i64 to) { return {_mm512_maskz_loadu_ps(__mmask16(first(to) & ~first(from)), p)}; }
     static void store_first(float* p, V a, i64 n) { _mm512_mask_storeu_ps(p, first(n), a.v); }
     static void store(float* p, V a) { _mm512_storeu_ps(p, a.v); }
     static V add(V a, V b) { return {_mm512_add_ps(a.v, b.v)}; }
@@ -40,6 +42,18 @@ struct V {
     static void stream(float* p, V a) { _mm512_stream_ps(p, a.v); }
     static V even(V a, V b) {
         const __m512i i = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+        return {_mm512_permutex2var_ps(a.v, i, b.v)};
+    }
+    static V odd(V a, V b) {
+        const __m512i i = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+        return {_mm512_permutex2var_ps(a.v, i, b.v)};
+    }
+    static V zip_low(V a, V b) {
+        const __m512i i = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+        return {_mm512_permutex2var_ps(a.v, i, b.v)};
+    }
+    static V zip_high(V a, V b) {
+        const __m512i i = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
         return {_mm512_permutex2var_ps(a.v, i, b.v)};
     }
     static V expand(const float* p, uint16_t lanes) { return {_mm512_maskz_expandloadu_ps(lanes, p)}; }

@@ -23,6 +23,12 @@ struct V {
         for (i64 i = 0; i < n; ++i) t[i] = p[i];
         return {vld1q_f32(t)};
     }
+    // Lanes from..to of what is at p, zero in the others.
+    static V load_between(const float* p, i64 from, i64 to) {
+        float t[4] = {0.f, 0.f, 0.f, 0.f};
+        for (i64 i = from; i < to; ++i) t[i] = p[i];
+        return {vld1q_f32(t)};
+    }
     static void store_first(float* p, V a, i64 n) {
         float t[4];
         vst1q_f32(t, a.v);
@@ -35,6 +41,9 @@ struct V {
     static V gate(V by, V a) { return {vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(a.v), vcleq_f32(by.v, vdupq_n_f32(0.f))))}; }
     static void stream(float* p, V a) { vst1q_f32(p, a.v); }
     static V even(V a, V b) { return {vuzp1q_f32(a.v, b.v)}; }
+    static V odd(V a, V b) { return {vuzp2q_f32(a.v, b.v)}; }
+    static V zip_low(V a, V b) { return {vzip1q_f32(a.v, b.v)}; }
+    static V zip_high(V a, V b) { return {vzip2q_f32(a.v, b.v)}; }
     // best and won become v and place in the lanes where v is larger, or NaN.
     static void keep_larger(V v, V place, V& best, V& won) {
         const uint32x4_t m = vorrq_u32(vcgtq_f32(v.v, best.v), vmvnq_u32(vceqq_f32(v.v, v.v)));

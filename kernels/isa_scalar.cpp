@@ -18,6 +18,12 @@ struct V {
         for (i64 i = 0; i < n; ++i) a.f[i] = p[i];
         return a;
     }
+    // Lanes from..to of what is at p, zero in the others.
+    static V load_between(const float* p, i64 from, i64 to) {
+        V a = zero();
+        for (i64 i = from; i < to; ++i) a.f[i] = p[i];
+        return a;
+    }
     static void store_first(float* p, V a, i64 n) { for (i64 i = 0; i < n; ++i) p[i] = a.f[i]; }
     static void store(float* p, V a) { for (int i = 0; i < 4; ++i) p[i] = a.f[i]; }
     static V add(V a, V b) { for (int i = 0; i < 4; ++i) a.f[i] += b.f[i]; return a; }
@@ -26,6 +32,9 @@ struct V {
     static V gate(V by, V a) { for (int i = 0; i < 4; ++i) if (by.f[i] <= 0) a.f[i] = 0; return a; }
     static void stream(float* p, V a) { store(p, a); }
     static V even(V a, V b) { return {{a.f[0], a.f[2], b.f[0], b.f[2]}}; }
+    static V odd(V a, V b) { return {{a.f[1], a.f[3], b.f[1], b.f[3]}}; }
+    static V zip_low(V a, V b) { return {{a.f[0], b.f[0], a.f[1], b.f[1]}}; }
+    static V zip_high(V a, V b) { return {{a.f[2], b.f[2], a.f[3], b.f[3]}}; }
     // best and won become v and place in the lanes where v is larger, or NaN.
     static void keep_larger(V v, V place, V& best, V& won) {
         for (int i = 0; i < 4; ++i)

@@ -21,27 +21,27 @@ static inline const float* address(const float* p) {
 }
 
 // y is read when a row's sum is complete, not before: then nothing waits for it.
-template <int TR, int TC, bool UNIT, bool PERM, int U> static void spmm_rows(const SpmmArgs& a) {
+template <int TR, int TC, bool UNIT, bool PERM, bool FIRST, int U> static void spmm_rows(const SpmmArgs& a) {
     using T = Tile<TR, TC, UNIT>;
     constexpr int N = T::N;
     const i64 scale = a.scale, xrow = a.xrow, xcol = a.xcol, ypitch = a.ypitch, yrow = a.yrow, ycol = a.ycol;
-    const float *x = a.x, *bias = a.first ? a.bias : nullptr, *values = a.val;
+    const float *x = a.x, *bias = a.bias, *values = a.val;
     const i32* indices = a.idx;
-    const bool add = !a.first, stream = a.stream;
+    const bool stream = a.stream;
     float* out = a.y;
     for (const Seg *s = a.segs, *e = s + a.nseg; s != e; ++s) {
-        const i32* idx = indices + s->start;
-        const float* val = PERM ? values : values + s->start;
-        const uint32_t* perm = PERM ? a.perm + s->start : nullptr;
+        const i64 start = s->start, row = s->row, n = s->n;
+        const i32* idx = indices + start;
+        const float* val = PERM ? values : values + start;
+        const uint32_t* perm = PERM ? a.perm + start : nullptr;
         if (!PERM && s + ahead < e) { prefetch(indices + s[ahead].start); prefetch(values + s[ahead].start); }
         V acc[U][N];
-        const V init = V::set1(bias ? bias[s->row] : 0.f);
+        const V init = FIRST && bias ? V::set1(bias[row]) : V::zero();
 #pragma GCC unroll 4
         for (int u = 0; u < U; ++u)
 #pragma GCC unroll 16
             for (int i = 0; i < N; ++i) acc[u][i] = u ? V::zero() : init;
         i64 k = 0;
-        const i64 n = s->n;
         for (; k + U <= n; k += U)
 #pragma GCC unroll 4
             for (int u = 0; u < U; ++u) {
@@ -61,9 +61,9 @@ template <int TR, int TC, bool UNIT, bool PERM, int U> static void spmm_rows(con
         for (int i = 0; i < N; ++i)
 #pragma GCC unroll 4
             for (int u = 1; u < U; ++u) acc[0][i] = V::add(acc[0][i], acc[u][i]);
-        float* y = out + s->row * ypitch;
-        const auto at = [&](int i) { return y + (i / TC) * yrow + (i % TC) * ycol; };
-        if (add)
+        float* y = const_cast<float*>(address(out + row * ypitch));
+        const auto at = [&](int i) { return y + T::at(yrow, ycol, i / TC, i % TC); };
+        if (!FIRST)
 #pragma GCC unroll 16
             for (int i = 0; i < N; ++i) acc[0][i] = V::add(acc[0][i], V::load(at(i)));
         if (stream)
@@ -75,10 +75,14 @@ template <int TR, int TC, bool UNIT, bool PERM, int U> static void spmm_rows(con
     }
 }
 
+template <int TR, int TC, bool UNIT, bool PERM, int U> static void spmm_panel(const SpmmArgs& a) {
+    a.first ? spmm_rows<TR, TC, UNIT, PERM, true, U>(a) : spmm_rows<TR, TC, UNIT, PERM, false, U>(a);
+}
+
 template <int TR, int TC, bool UNIT> static void spmm(const SpmmArgs& a) {
     constexpr int U = Tile<TR, TC, UNIT>::U, H = Tile<TR, 2 * TC, UNIT>::U;
-    if (a.half && H != U) a.perm ? spmm_rows<TR, TC, UNIT, true, H>(a) : spmm_rows<TR, TC, UNIT, false, H>(a);
-    else a.perm ? spmm_rows<TR, TC, UNIT, true, U>(a) : spmm_rows<TR, TC, UNIT, false, U>(a);
+    if (a.half && H != U) a.perm ? spmm_panel<TR, TC, UNIT, true, H>(a) : spmm_panel<TR, TC, UNIT, false, H>(a);
+    else a.perm ? spmm_panel<TR, TC, UNIT, true, U>(a) : spmm_panel<TR, TC, UNIT, false, U>(a);
 }
 
 // Vectors become their sums, W of them at a time. The memory belongs to the caller, so that the rest can stay in registers.
@@ -284,14 +288,41 @@ static void pad_every(const float* src, i64 src_pitch, i64 rows, i64 cols, i64 f
     }
 }
 
+// The vector from src + at on, zero outside src's n floats.
+static inline V window(const float* src, i64 at, i64 n) {
+    constexpr i64 W = V::W;
+    const i64 from = at < 0 ? (-at < W ? -at : W) : 0, to = n - at < W ? (n > at ? n - at : 0) : W;
+    return from || to < W ? V::load_between(src + at, from, to) : V::load(src + at);
+}
+
+static void unzip(const float* src, i64 src_pitch, i64 rows, i64 cols, i64 first, float* even, float* odd, i64 dst_pitch) {
+    constexpr int W = V::W;
+    for (i64 r = 0; r < rows; ++r, src += src_pitch, even += dst_pitch, odd += dst_pitch)
+        for (i64 j = 0; j < dst_pitch; j += W) {
+            const i64 at = first + 2 * j;
+            const V a = window(src, at, cols), b = window(src, at + W, cols);
+            V::store(even + j, V::even(a, b));
+            V::store(odd + j, V::odd(a, b));
+        }
+}
+
 // dst[j*step] = src[j]
 static void spread(const float* src, i64 n, i64 step, float* dst) {
     for (i64 j = 0; j < n; ++j) dst[j * step] = src[j];
 }
 
-// dst[2j] = a[j], dst[2j+1] = b[j]
-static void zip(const float* a, const float* b, i64 n, float* dst) {
-    for (i64 j = 0; j < n; ++j) { dst[2 * j] = a[j]; dst[2 * j + 1] = b[j]; }
+static void zip(const float* a, const float* b, i64 src_pitch, i64 rows, i64 n, float* dst, i64 dst_pitch) {
+    constexpr int W = V::W;
+    for (i64 r = 0; r < rows; ++r, a += src_pitch, b += src_pitch, dst += dst_pitch)
+        for (i64 j = 0; 2 * j < n; j += W) {
+            const V va = V::load(a + j), vb = V::load(b + j);
+            const i64 left = n - 2 * j;
+            float* d = dst + 2 * j;
+            if (left >= W) V::store(d, V::zip_low(va, vb));
+            else V::store_first(d, V::zip_low(va, vb), left);
+            if (left >= 2 * W) V::store(d + W, V::zip_high(va, vb));
+            else if (left > W) V::store_first(d + W, V::zip_high(va, vb), left - W);
+        }
 }
 
 // A copy that goes past the caches: for results that would only push out what is needed next.
@@ -301,8 +332,9 @@ static void stream(const float* src, i64 n, float* dst) {
     for (; i < n && (uintptr_t)(dst + i) % (W * sizeof(float)); ++i) dst[i] = src[i];
     for (; i + W <= n; i += W) V::stream(dst + i, V::load(src + i));
     if (i < n) V::store_first(dst + i, V::load_first(src + i, n - i), n - i);
-    V::fence();
 }
+
+static void fence() { V::fence(); }
 
 #ifdef FS_MASKS
 static void expand(const float* src, const i32* at, const uint16_t* keep, i64 n, float* dst) {
@@ -511,7 +543,7 @@ static constexpr Kernel table[] = {
 };
 
 static constexpr Isa isa = {FS_NAME, V::W, V::max_spmm, V::max_sddmm, table, sizeof(table) / sizeof(table[0]),
-                        &pack, &pack_gated, &unpack, &spmv, &outer, &gather, &row_sums, &accumulate, &gate, &pad, &crop, &pad_every, &spread, &zip, &stream, FS_MASKED,
+                        &pack, &pack_gated, &unpack, &spmv, &outer, &gather, &row_sums, &accumulate, &gate, &pad, &crop, &pad_every, &unzip, &spread, &zip, &stream, &fence, FS_MASKED,
                         &moments, &normalise, &grad_moments, &norm_grad, &pool_row, &collect, FS_BF16, &widen, &narrow};
 #undef FS_MASKED
 #undef FS_BF16
