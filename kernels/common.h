@@ -18,11 +18,15 @@ using bf16 = uint16_t;  // the upper half of a float
 // A run of nonzeros that belong to one output row: entries start .. start+n of the index and value arrays.
 struct Seg { uint32_t start; i32 row, n; };
 
+// How tiles lie in memory. packed: as Linear packs a batch, tile after tile without a gap, indices having 16 bits; unit: neighbouring tile
+// columns are neighbours in input and output; strided: their distances are arguments.
+enum Lay { packed, unit, strided };
+
 // y[row, tile] (+)= sum_k val[k] * x[idx[k]*scale + tile], a tile being TR x TC vectors kept in registers.
 struct SpmmArgs {
     const float* x; i64 scale;        // packed input; one index unit is `scale` floats
     i64 xrow, xcol;                   // distance in floats between tile rows and between tile columns in x
-    const i32* idx; const float* val; // nonzeros
+    const void* idx; const float* val; // nonzeros; idx: i32, or uint16_t for packed
     const Seg* segs; i64 nseg;
     float* y; i64 ypitch, yrow, ycol; // output scratch: distance between matrix rows, tile rows, tile columns
     const float* bias;                // one per matrix row, or null
@@ -36,9 +40,9 @@ struct SpmmArgs {
 struct SddmmArgs {
     const float* x; i64 scale;
     i64 xrow, xcol;
-    const i32* idx;
+    const void* idx;
     const Seg* segs; i64 nseg;
-    const float* y; i64 ypitch, yrow, ycol;
+    const float* y; i64 ypitch, yrow;  // neighbouring tile columns are neighbours
     float* dv; bool add;
 };
 
@@ -49,7 +53,7 @@ enum Op { op_spmm, op_sddmm };
 
 // One line of kernels.inc, compiled for one ISA.
 struct Kernel {
-    const char* op; const char* dtype; int rows, cols; bool unit;
+    const char* op; const char* dtype; int rows, cols; Lay lay;
     SpmmFn spmm; SddmmFn sddmm;
 };
 
@@ -109,7 +113,7 @@ struct Isa {
     void (*widen)(const bf16* src, i64 n, float* dst);
     void (*narrow)(const float* src, i64 n, bf16* dst);  // to the nearest, ties to even; a NaN stays one
 
-    const Kernel& find(Op op, int rows, int cols, bool unit) const;
+    const Kernel& find(Op op, int rows, int cols, Lay lay) const;
 };
 
 const Isa* isa_scalar();

@@ -98,7 +98,7 @@ void set_phases(Gather& g, const ConvShape& s) {
     g.used.assign(size_t(g.channels), 0);
     const i64 ocg = s.oc / s.groups, width = panel_channels(g) * g.taps;
     for (i64 p = 0; p < g.phases(); ++p) {
-        Phase ph{Panels(*g.csr, p * g.rows, (p + 1) * g.rows, g.row_chunk(), width, g.backward), {}};
+        Phase ph{Panels(*g.csr, p * g.rows, (p + 1) * g.rows, g.row_chunk(), width, g.backward ? Panels::reordered : Panels::none), {}};
         const auto& idx = g.backward ? ph.panels.idx : g.csr->idx;
         ph.off.resize(idx.size());
         for (const Seg& seg : ph.panels.segs) {

@@ -5,11 +5,11 @@
 
 namespace fastsparse {
 
-const Kernel& Isa::find(Op op, int rows, int cols, bool unit) const {
+const Kernel& Isa::find(Op op, int rows, int cols, Lay lay) const {
     const char* name = op == op_spmm ? "spmm" : "sddmm";
     for (int i = 0; i < n_kernels; ++i) {
         const Kernel& k = kernels[i];
-        if (k.rows == rows && k.cols == cols && k.unit == unit && !std::strcmp(k.op, name)) return k;
+        if (k.rows == rows && k.cols == cols && k.lay == lay && !std::strcmp(k.op, name)) return k;
     }
     throw std::logic_error("no " + std::string(name) + " kernel of tile " + std::to_string(rows) + "x" + std::to_string(cols));
 }

@@ -56,13 +56,13 @@ struct V {
     }
     static void fence() { _mm_sfence(); }
     static __m256 pair(__m256 a, __m256 b) { return _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b)); }
-    static __m256 quad(const float* b) {
-        const __m256d p = _mm256_castps_pd(pair(_mm256_load_ps(b), _mm256_load_ps(b + 8)));
-        const __m256d q = _mm256_castps_pd(pair(_mm256_load_ps(b + 16), _mm256_load_ps(b + 24)));
-        return _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(p, q)), _mm256_castpd_ps(_mm256_unpackhi_pd(p, q)));
+    // Four numbers in each 128 bits, one for each vector; then 2 such, with what is left to add a 128 bits apart.
+    static V quad(V a, V b, V c, V d) {
+        const __m256d p = _mm256_castps_pd(pair(a.v, b.v)), q = _mm256_castps_pd(pair(c.v, d.v));
+        return {_mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(p, q)), _mm256_castpd_ps(_mm256_unpackhi_pd(p, q)))};
     }
-    static V reduce(const float* b) {
-        const __m256 p = quad(b), q = quad(b + 32);
+    static V reduce_quads(const float* b) {
+        const __m256 p = _mm256_load_ps(b), q = _mm256_load_ps(b + 8);
         return {_mm256_add_ps(_mm256_permute2f128_ps(p, q, 0x21), _mm256_blend_ps(p, q, 0xf0))};
     }
     static void transpose(V* t) {

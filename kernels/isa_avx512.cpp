@@ -9,7 +9,6 @@
 #define FS_NS avx512
 #define FS_NAME "avx512"
 #define FS_MASKS
-#define FS_QUADS
 #define FS_HALVES
 
 #ifdef __clang__
@@ -84,11 +83,6 @@ struct V {
     }
     static V reduce_quads(const float* b) {
         return {halves(halves(_mm512_load_ps(b), _mm512_load_ps(b + 16)), halves(_mm512_load_ps(b + 32), _mm512_load_ps(b + 48)))};
-    }
-    static V reduce(const float* b) {
-        alignas(64) float q[64];
-        for (int i = 0; i < 4; ++i, b += 64) store(q + 16 * i, quad(load(b), load(b + 16), load(b + 32), load(b + 48)));
-        return reduce_quads(q);
     }
     static void transpose(V* t) {
         __m512 a[16], b[16];

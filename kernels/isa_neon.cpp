@@ -57,9 +57,9 @@ struct V {
         return vaddvq_u32(vandq_u32(vcgeq_s32(size, vdupq_n_s32(least)), bit));
     }
     static void fence() {}
-    static V reduce(const float* b) {
-        return {vpaddq_f32(vpaddq_f32(vld1q_f32(b), vld1q_f32(b + 4)), vpaddq_f32(vld1q_f32(b + 8), vld1q_f32(b + 12)))};
-    }
+    // The sums of four vectors
+    static V quad(V a, V b, V c, V d) { return {vpaddq_f32(vpaddq_f32(a.v, b.v), vpaddq_f32(c.v, d.v))}; }
+    static V reduce_quads(const float* b) { return load(b); }
     static void transpose(V* t) {
         const float32x4x2_t a = vtrnq_f32(t[0].v, t[1].v), b = vtrnq_f32(t[2].v, t[3].v);
         t[0].v = vcombine_f32(vget_low_f32(a.val[0]), vget_low_f32(b.val[0]));

@@ -49,11 +49,12 @@ struct V {
         return lanes;
     }
     static void fence() {}
-    static V reduce(const float* b) {
-        V s;
-        for (int i = 0; i < 4; ++i) s.f[i] = (b[4 * i] + b[4 * i + 2]) + (b[4 * i + 1] + b[4 * i + 3]);
-        return s;
+    // The sums of four vectors
+    static V quad(V a, V b, V c, V d) {
+        const auto sum = [](const V& v) { return (v.f[0] + v.f[2]) + (v.f[1] + v.f[3]); };
+        return {{sum(a), sum(b), sum(c), sum(d)}};
     }
+    static V reduce_quads(const float* b) { return load(b); }
     static void transpose(V* t) {
         for (int i = 0; i < 4; ++i)
             for (int j = 0; j < i; ++j) { const float a = t[i].f[j]; t[i].f[j] = t[j].f[i]; t[j].f[i] = a; }

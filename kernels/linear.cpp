@@ -59,14 +59,13 @@ struct Work {
     }
     // y[row, lane] (+)= chunk c, panel p, of a or its transpose, times x[column, lane]
     void multiply(const Csr& a, const Panels& ps, i64 c, i64 p, const float* values, const float* bias, const float* x, float* y) const {
-        const bool own = !ps.idx.empty();
-        isa.find(op_spmm, 1, int(lanes / b.width), true).spmm({x, lanes, 0, b.width, own ? ps.idx.data() : a.idx.data(), values,
-            ps.begin(c, p), ps.count(c, p), y, lanes, 0, b.width, bias, p == 0, own ? ps.perm.data() : nullptr, half});
+        isa.find(op_spmm, 1, int(lanes / b.width), fastsparse::packed).spmm({x + p * ps.width * lanes, lanes, 0, b.width, ps.near.data(), values,
+            ps.begin(c, p), ps.count(c, p), y, lanes, 0, b.width, bias, p == 0, ps.perm.empty() ? nullptr : ps.perm.data(), half});
     }
     void sample(const Csr& a, const Panels& ps, i64 c, i64 p, const float* x, const float* dy, float* dvalues, bool add) const {
         const int parts = int(b.lanes(t) / lanes);   // of which this is the first
-        isa.find(op_sddmm, parts, int(lanes / b.width), true).sddmm({x, lanes, lanes * a.cols, b.width, a.idx.data(), ps.begin(c, p), ps.count(c, p),
-            dy, lanes, lanes * a.rows, b.width, dvalues, add});
+        isa.find(op_sddmm, parts, int(lanes / b.width), fastsparse::packed).sddmm({x + p * ps.width * lanes, lanes, lanes * a.cols, b.width, ps.near.data(),
+            ps.begin(c, p), ps.count(c, p), dy, lanes, lanes * a.rows, dvalues, add});
     }
 };
 
@@ -435,7 +434,7 @@ std::shared_ptr<const Panels> LinearPlan::panels(bool transposed, i64 lanes, int
         if (c.transposed == transposed && c.panels->width == width) return c.panels;
     if (cache_.size() >= 8) cache_.erase(cache_.begin());
     cache_.push_back({transposed, transposed ? std::make_shared<Panels>(Panels::transposed(w_, row_chunk, width, threads))
-                                             : std::make_shared<Panels>(w_, 0, rows(), row_chunk, width, false, threads)});
+                                             : std::make_shared<Panels>(w_, 0, rows(), row_chunk, width, Panels::nearby, threads)});
     return cache_.back().panels;
 }
 

@@ -3,10 +3,15 @@
 // become the copy that the linker keeps for everybody.
 
 // Kernel on one row's nonzeros, tile in registers. Narrow tiles keep several partial tiles, to hide the latency of the fma.
-template <int TR, int TC, bool UNIT> struct Tile {
+template <Lay LAY> struct Indices { using type = i32; };
+template <> struct Indices<packed> { using type = uint16_t; };
+
+template <int TR, int TC, Lay LAY> struct Tile {
     static constexpr int N = TR * TC, W = V::W;
     static constexpr int U = N >= 8 ? 1 : N >= 4 ? 2 : 4;
-    static inline i64 at(const i64 row, const i64 col, int r, int c) { return r * row + c * (UNIT ? (i64)W : col); }
+    using Index = typename Indices<LAY>::type;
+    static inline i64 at(const i64 row, const i64 col, int r, int c) { return r * row + c * (LAY == strided ? col : (i64)W); }
+    static inline i64 step(i64 given) { return LAY == packed ? TC * W : given; }   // from index to index, from row to row
 };
 
 static inline void prefetch(const void* p) { __builtin_prefetch(p); }
@@ -21,17 +26,18 @@ static inline const float* address(const float* p) {
 }
 
 // y is read when a row's sum is complete, not before: then nothing waits for it.
-template <int TR, int TC, bool UNIT, bool PERM, bool FIRST, int U> static void spmm_rows(const SpmmArgs& a) {
-    using T = Tile<TR, TC, UNIT>;
+template <int TR, int TC, Lay LAY, bool PERM, bool FIRST, int U> static void spmm_rows(const SpmmArgs& a) {
+    using T = Tile<TR, TC, LAY>;
+    using Index = typename T::Index;
     constexpr int N = T::N;
-    const i64 scale = a.scale, xrow = a.xrow, xcol = a.xcol, ypitch = a.ypitch, yrow = a.yrow, ycol = a.ycol;
+    const i64 scale = T::step(a.scale), xrow = a.xrow, xcol = a.xcol, ypitch = T::step(a.ypitch), yrow = a.yrow, ycol = a.ycol;
     const float *x = a.x, *bias = a.bias, *values = a.val;
-    const i32* indices = a.idx;
+    const Index* indices = static_cast<const Index*>(a.idx);
     const bool stream = a.stream;
     float* out = a.y;
     for (const Seg *s = a.segs, *e = s + a.nseg; s != e; ++s) {
         const i64 start = s->start, row = s->row, n = s->n;
-        const i32* idx = indices + start;
+        const Index* idx = indices + start;
         const float* val = PERM ? values : values + start;
         const uint32_t* perm = PERM ? a.perm + start : nullptr;
         if (!PERM && s + ahead < e) { prefetch(indices + s[ahead].start); prefetch(values + s[ahead].start); }
@@ -75,101 +81,116 @@ template <int TR, int TC, bool UNIT, bool PERM, bool FIRST, int U> static void s
     }
 }
 
-template <int TR, int TC, bool UNIT, bool PERM, int U> static void spmm_panel(const SpmmArgs& a) {
-    a.first ? spmm_rows<TR, TC, UNIT, PERM, true, U>(a) : spmm_rows<TR, TC, UNIT, PERM, false, U>(a);
+template <int TR, int TC, Lay LAY, bool PERM, int U> static void spmm_panel(const SpmmArgs& a) {
+    a.first ? spmm_rows<TR, TC, LAY, PERM, true, U>(a) : spmm_rows<TR, TC, LAY, PERM, false, U>(a);
 }
 
-template <int TR, int TC, bool UNIT> static void spmm(const SpmmArgs& a) {
-    constexpr int U = Tile<TR, TC, UNIT>::U, H = Tile<TR, 2 * TC, UNIT>::U;
-    if (a.half && H != U) a.perm ? spmm_panel<TR, TC, UNIT, true, H>(a) : spmm_panel<TR, TC, UNIT, false, H>(a);
-    else a.perm ? spmm_panel<TR, TC, UNIT, true, U>(a) : spmm_panel<TR, TC, UNIT, false, U>(a);
+template <int TR, int TC, Lay LAY> static void spmm(const SpmmArgs& a) {
+    constexpr int U = Tile<TR, TC, LAY>::U, H = LAY == packed ? Tile<TR, 2 * TC, LAY>::U : U;
+    if (H != U && a.half) a.perm ? spmm_panel<TR, TC, LAY, true, H>(a) : spmm_panel<TR, TC, LAY, false, H>(a);
+    else a.perm ? spmm_panel<TR, TC, LAY, true, U>(a) : spmm_panel<TR, TC, LAY, false, U>(a);
 }
 
-// Vectors become their sums, W of them at a time. The memory belongs to the caller, so that the rest can stay in registers.
+// Vectors become their sums, four at a time. The memory belongs to the caller, so that the rest can stay in registers.
 struct Reducer {
-    static constexpr int W = V::W;
+    static constexpr int W = V::W, floats = W * W / 4;
     float *buf, *out;
-    i64 fill = 0;
-#ifdef FS_QUADS
-    static constexpr int floats = 4 * W;
-    V a = V::zero(), b = V::zero(), c = V::zero();  // the last three, which wait for a fourth
-#else
-    static constexpr int floats = W * W;
-#endif
+    i64 fill = 0;   // floats in buf
     Reducer(float* buf, float* out) : buf(buf), out(out) {}
 
-    inline void put(V v) {
-#ifdef FS_QUADS
-        ++fill;
-        if ((fill & 3) == 0) {
-            V::store(buf + (fill - 4) * (W / 4), V::quad(a, b, c, v));
-            if (fill == W) flush(V::reduce_quads(buf));
-        }
-        a = b; b = c; c = v;
-#else
-        V::store(buf + W * fill, v);
-        if (++fill == W) flush(V::reduce(buf));
-#endif
+    inline void put(V a, V b, V c, V d) {
+        V::store(buf + fill, V::quad(a, b, c, d));
+        fill += W;
+        if (fill == floats) flush();
     }
-    inline void flush(V sums) { V::store(out, sums); out += W; fill = 0; }
-    inline void finish() { while (fill) put(V::zero()); }
+    inline void flush() { V::store(out, V::reduce_quads(buf)); out += W; fill = 0; }
+    inline void finish() { if (fill) flush(); }   // sums of what an earlier round left in buf go where nobody looks
 };
 
 // dst[i] (+)= src[i]; src is readable up to a whole vector
 static inline void copy_run(const float* src, i64 n, float* dst, bool add) {
     constexpr int W = V::W;
     i64 i = 0;
-    for (; i + W <= n; i += W) V::store(dst + i, add ? V::add(V::load(dst + i), V::load(src + i)) : V::load(src + i));
+    for (; i + W <= n; i += W) {
+        float* d = const_cast<float*>(address(dst + i));   // or the compiler would call memcpy for some dozens of floats
+        V::store(d, add ? V::add(V::load(d), V::load(src + i)) : V::load(src + i));
+    }
     if (i < n) V::store_first(dst + i, add ? V::add(V::load_first(dst + i, n - i), V::load(src + i)) : V::load(src + i), n - i);
 }
 
-// The gradient's tile stays in registers while the row's nonzeros run. Their sums are collected in the order in which they come,
-// across rows, and then copied row by row to where they belong.
-template <int TR, int TC, bool UNIT> static void sddmm(const SddmmArgs& a) {
-    using T = Tile<TR, TC, UNIT>;
-    constexpr int N = T::N;
-    constexpr i64 room = 1024;             // sums that are collected before they are copied
-    const i64 scale = a.scale, xrow = a.xrow, xcol = a.xcol, ypitch = a.ypitch, yrow = a.yrow, ycol = a.ycol;
+// The gradient's tile stays in registers while the row's nonzeros run, four at a time. Their sums are collected, each row's from a
+// multiple of four on, and then copied row by row to where they belong.
+template <int TR, int TC, Lay LAY> static void sddmm(const SddmmArgs& a) {
+    using T = Tile<TR, TC, LAY>;
+    using Index = typename T::Index;
+    constexpr int N = T::N, W = V::W;
+    constexpr i64 room = 512;              // sums that are collected before they are copied
+    const i64 scale = T::step(a.scale), xrow = a.xrow, xcol = a.xcol, ypitch = T::step(a.ypitch), yrow = a.yrow;
     const float *x = a.x, *dy = a.y;
-    const i32* idx = a.idx;
+    const Index* idx = static_cast<const Index*>(a.idx);
     float* dv = a.dv;
-    alignas(64) float collected[room + V::W], buf[Reducer::floats];
+    const bool add = a.add;
+    const auto padded = [](i64 n) { return (n + 3) & ~i64(3); };
+    alignas(64) float collected[room + W], buf[Reducer::floats];
     const Seg *s = a.segs, *e = s + a.nseg;
-    for (i64 done = 0; s != e;) {          // entries of s that are done
+    for (i64 done = 0; s != e;) {          // entries of s that are done: not 0 only for a row with more entries than there is room
         const Seg* first = s;
-        const i64 skip = done;             // entries of `first` that an earlier round has copied
-        i64 used = 0;
+        const i64 skip = done;
+        i64 left = room;
         Reducer sums(buf, collected);
-        while (s != e && used < room) {
-            const i64 n = s->n - done < room - used ? s->n - done : room - used;
-            const float* y = dy + s->row * ypitch;
+        while (s != e) {
+            i64 n = s->n - done;
+            if (padded(n) > left) {
+                if (left < room) break;
+                n = room;
+            }
+            left -= padded(n);
+            const float* y = address(dy + s->row * ypitch);
             if (s + 2 * ahead < e) {
-                const Seg& next = s[2 * ahead];
-                prefetch(idx + next.start);
-                __builtin_prefetch(dv + next.start, 1);
-                __builtin_prefetch(dv + next.start + next.n, 1);
+                prefetch(idx + s[2 * ahead].start);
+                __builtin_prefetch(dv + s[2 * ahead].start, 1);
             }
             V g[N];
 #pragma GCC unroll 16
-            for (int i = 0; i < N; ++i) g[i] = V::load(y + (i / TC) * yrow + (i % TC) * ycol);
-            for (const i32 *k = idx + s->start + done, *end = k + n; k != end; ++k) {
-                const float* p = address(x + *k * scale);
-                V acc = V::mul(g[0], V::load(p));
+            for (int i = 0; i < N; ++i) g[i] = V::load(y + (i / TC) * yrow + (i % TC) * W);
+            const Index *k = idx + s->start + done, *end = k + n;
+            for (; k + 4 <= end; k += 4) {
+                const float* p[4];
+                V acc[4];
+#pragma GCC unroll 4
+                for (int j = 0; j < 4; ++j) p[j] = address(x + k[j] * scale);
+#pragma GCC unroll 4
+                for (int j = 0; j < 4; ++j) acc[j] = V::mul(g[0], V::load(p[j]));
 #pragma GCC unroll 16
-                for (int i = 1; i < N; ++i) acc = V::fma(g[i], V::load(p + T::at(xrow, xcol, i / TC, i % TC)), acc);
-                sums.put(acc);
+                for (int i = 1; i < N; ++i)
+#pragma GCC unroll 4
+                    for (int j = 0; j < 4; ++j) acc[j] = V::fma(g[i], V::load(p[j] + T::at(xrow, xcol, i / TC, i % TC)), acc[j]);
+                sums.put(acc[0], acc[1], acc[2], acc[3]);
             }
-            used += n;
+            if (k < end) {
+                V acc[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
+#pragma GCC unroll 3
+                for (int j = 0; j < 3; ++j) {
+                    if (k + j >= end) break;
+                    const float* p = address(x + k[j] * scale);
+                    acc[j] = V::mul(g[0], V::load(p));
+#pragma GCC unroll 16
+                    for (int i = 1; i < N; ++i) acc[j] = V::fma(g[i], V::load(p + T::at(xrow, xcol, i / TC, i % TC)), acc[j]);
+                }
+                sums.put(acc[0], acc[1], acc[2], acc[3]);
+            }
             done += n;
-            if (done == s->n) { ++s; done = 0; }
+            if (done < s->n) break;
+            ++s;
+            done = 0;
         }
         sums.finish();
         const float* from = collected;
-        for (i64 off = skip; used; ++first, off = 0) {
-            const i64 n = first->n - off < used ? first->n - off : used;
-            copy_run(from, n, dv + first->start + off, a.add);
-            from += n;
-            used -= n;
+        for (i64 off = skip; first != s || off < done; ++first, off = 0) {
+            const i64 n = (first == s ? done : first->n) - off;
+            copy_run(from, n, dv + first->start + off, add);
+            from += padded(n);
+            if (first == s) break;
         }
     }
 }
@@ -414,7 +435,8 @@ static void row_sums(const float* src, i64 rows, i64 cols, i64 parts, i64 apart,
                     for (i64 k = 0; k < cols; k += W) s = V::add(s, V::load(src + p * apart + (r + i) * cols + k));
             V::store(buf + W * i, s);
         }
-        const V s = V::reduce(buf);
+        for (i64 i = 0; i < W; i += 4) V::store(buf + W * i / 4, V::quad(V::load(buf + W * i), V::load(buf + W * (i + 1)), V::load(buf + W * (i + 2)), V::load(buf + W * (i + 3))));
+        const V s = V::reduce_quads(buf);
         V::store_first(dst + r, add ? V::add(V::load_first(dst + r, n), s) : s, n);
     }
 }
@@ -530,16 +552,16 @@ static i64 collect_bf16(const bf16* g, const uint8_t* taken, i64 first, i64 last
 #define FS_BF16 nullptr
 #endif
 
-template <int TR, int TC, bool UNIT> struct Make {
-    static constexpr Kernel spmm(const char* dt) { return {"spmm", dt, TR, TC, UNIT, &FS_NS::spmm<TR, TC, UNIT>, nullptr}; }
-    static constexpr Kernel sddmm(const char* dt) { return {"sddmm", dt, TR, TC, UNIT, nullptr, &FS_NS::sddmm<TR, TC, UNIT>}; }
+template <int TR, int TC, Lay LAY> struct Make {
+    static constexpr Kernel spmm(const char* dt) { return {"spmm", dt, TR, TC, LAY, &FS_NS::spmm<TR, TC, LAY>, nullptr}; }
+    static constexpr Kernel sddmm(const char* dt) { return {"sddmm", dt, TR, TC, LAY, nullptr, &FS_NS::sddmm<TR, TC, LAY>}; }
 };
 
 static constexpr Kernel table[] = {
-#define KERNEL(op, dtype, tr, tc, unit) Make<tr, tc, unit>::op(#dtype),
+#define KERNEL(op, dtype, tr, tc, lay) Make<tr, tc, lay>::op(#dtype),
 #include "kernels.inc"
 #undef KERNEL
-    {"widen", "bf16", 1, 1, true, nullptr, nullptr}, {"narrow", "bf16", 1, 1, true, nullptr, nullptr},
+    {"widen", "bf16", 1, 1, unit, nullptr, nullptr}, {"narrow", "bf16", 1, 1, unit, nullptr, nullptr},
 };
 
 static constexpr Isa isa = {FS_NAME, V::W, V::max_spmm, V::max_sddmm, table, sizeof(table) / sizeof(table[0]),

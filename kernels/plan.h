@@ -32,10 +32,12 @@ struct Panels {
     struct Range { i64 from, to; };
     Raw<Seg> segs;
     std::vector<Range> at;        // the segments of (chunk, panel)
-    Raw<i32> idx;                 // in this order, if asked for
-    Raw<uint32_t> perm;
-    Panels(const Csr& a, i64 row0, i64 row1, i64 chunk, i64 width, bool reorder, int threads = 1);
-    static Panels transposed(const Csr& a, i64 chunk, i64 width, int threads);  // of a's columns, in this order
+    Raw<i32> idx;                 // the entries in this order, if asked for
+    Raw<uint32_t> perm;           // and where they are in a; with `near` for a's columns
+    Raw<uint16_t> near;           // each entry's column less its panel's first one, for Linear
+    enum Entries { none, reordered, nearby };
+    Panels(const Csr& a, i64 row0, i64 row1, i64 chunk, i64 width, Entries entries, int threads = 1);
+    static Panels transposed(const Csr& a, i64 chunk, i64 width, int threads);  // of a's columns: near and perm, in this order
     const Seg* begin(i64 c, i64 p) const { return segs.data() + at[c * n_panels + p].from; }
     i64 count(i64 c, i64 p) const { return at[c * n_panels + p].to - at[c * n_panels + p].from; }
 private:

@@ -72,9 +72,15 @@ static i64 below(const i32* idx, i64 n, i32 limit) {
     return k;
 }
 
-Panels::Panels(const Csr& a, i64 row0, i64 row1, i64 chunk, i64 width, bool reorder, int threads)
+// Columns of a panel, counted from its first.
+static void check_near(i64 width) {
+    if (width > i64(std::numeric_limits<uint16_t>::max()) + 1) throw std::logic_error("a panel is too wide for 16 bits");
+}
+
+Panels::Panels(const Csr& a, i64 row0, i64 row1, i64 chunk, i64 width, Entries entries, int threads)
     : Panels(a.rows, a.cols, row0, row1, chunk, width) {
     std::vector<Part> parts(n_chunks);
+    if (entries == nearby) { check_near(width); near.resize(a.idx.size()); }
     parallel_for(n_chunks, threads, [&](i64 c, int) {
         const i64 r0 = row0 + c * chunk, r1 = std::min(row1, r0 + chunk), rows = r1 - r0;
         std::vector<i64> next(&a.indptr[r0], &a.indptr[r1]);
@@ -87,13 +93,15 @@ Panels::Panels(const Csr& a, i64 row0, i64 row1, i64 chunk, i64 width, bool reor
                 const i64 left = a.indptr[r0 + r + 1] - next[r];
                 const i64 n = p == n_panels - 1 ? left : below(a.idx.data() + next[r], left, i32((p + 1) * width));
                 part.in[r] = {uint32_t(next[r]), i32(r0 + r), i32(n)};
+                if (entries == nearby)
+                    for (i64 k = next[r]; k < next[r] + n; ++k) near[k] = uint16_t(a.idx[k] - p * width);
                 next[r] += n;
             }
             part.append(p == 0);
         }
     });
     join(parts, n_panels, 1);
-    if (reorder) store_in_order(a, segs, idx, perm);
+    if (entries == reordered) store_in_order(a, segs, idx, perm);
 }
 
 namespace {
@@ -118,12 +126,12 @@ struct Block {
     }
 
     // The entries left of column limit.
-    void store(i64 limit, i32* idx, uint32_t* perm) {
+    void store(i64 limit, uint16_t* near, uint32_t* perm) {
         for (i64 r = r0; r < r1; ++r) {
             i64 k = next[r - r0];
             for (const i64 end = a.indptr[r + 1]; k < end && a.idx[k] < limit; ++k) {
                 const uint32_t at = to[a.idx[k]]++;
-                idx[at] = i32(r);
+                near[at] = uint16_t(r - r0);
                 perm[at] = uint32_t(k);
             }
             next[r - r0] = k;
@@ -155,14 +163,15 @@ void Panels::transpose(const Csr& a, i64 p, Part& part) {
         c1 = std::min(a.cols, c0 + cols);
         const i64 first = used;
         for (i64 c = c0; c < c1; c += chunk) used = part.append_columns(c, std::min(c1, c + chunk), p == 0, used, block.to);
-        for (i64 k = first; k < used; k += 16) { __builtin_prefetch(&idx[k], 1); __builtin_prefetch(&perm[k], 1); }
-        block.store(c1, idx.data(), perm.data());
+        for (i64 k = first; k < used; k += 16) { __builtin_prefetch(&near[k], 1); __builtin_prefetch(&perm[k], 1); }
+        block.store(c1, near.data(), perm.data());
     }
 }
 
 Panels Panels::transposed(const Csr& a, i64 chunk, i64 width, int threads) {
+    check_near(width);
     Panels t(a.cols, a.rows, 0, a.cols, chunk, width);
-    t.idx.resize(a.idx.size());
+    t.near.resize(a.idx.size());
     t.perm.resize(a.idx.size());
     std::vector<Part> parts(t.n_panels);
     parallel_for(t.n_panels, threads, [&](i64 p, int) { t.transpose(a, p, parts[p]); });
