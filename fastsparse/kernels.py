@@ -59,7 +59,7 @@ def set_isa(
 if _kernels and os.environ.get('FASTSPARSE_ISA'): set_isa(os.environ['FASTSPARSE_ISA'])
 
 # %% ../nbs/00_kernels.ipynb #4cd94d02
-def kernel_table()->list: # Dicts with op, dtype, isa, tile (rows, columns of vectors), unit, width
+def kernel_table()->list: # Dicts with op, dtype, isa, tile (rows, columns of vectors), lay (how tiles lie in memory), width
     "Every compiled kernel that this machine can run"
     return _kernels.kernel_table() if _kernels else []
 

@@ -20,7 +20,7 @@ struct Seg { uint32_t start; i32 row, n; };
 
 // How tiles lie in memory. packed: as Linear packs a batch, tile after tile without a gap, indices having 16 bits; unit: neighbouring tile
 // columns are neighbours in input and output; strided: their distances are arguments.
-enum Lay { packed, unit, strided };
+enum class Lay { packed, unit, strided };
 
 // y[row, tile] (+)= sum_k val[k] * x[idx[k]*scale + tile], a tile being TR x TC vectors kept in registers.
 struct SpmmArgs {

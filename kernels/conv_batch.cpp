@@ -78,7 +78,7 @@ void run_phase(const Isa& isa, const Gather& g, const Task& k, i64 phase, i64 c,
     const Phase& ph = g.phase[phase];
     const Panels& ps = ph.panels;
     for (const TilePos& t : tiles_of(rows, cols, isa.max_spmm)) {
-        const SpmmFn run = isa.find(op_spmm, t.rows, t.cols, g.istep_x == 1 && g.ostep_x == 1 ? unit : strided).spmm;
+        const SpmmFn run = isa.find(op_spmm, t.rows, t.cols, g.istep_x == 1 && g.ostep_x == 1 ? Lay::unit : Lay::strided).spmm;
         float* to = y + ((t.t * g.ostep_y + py) * g.out_w + t.x * g.ostep_x + px) * W - (ps.row0 + c * ps.chunk) * ypitch;
         for (i64 p = 0; p < ps.n_panels; ++p)
             run({block + (g.istep_y * t.t * g.pw + g.istep_x * t.x) * W, W, g.istep_y * g.pw * W, g.istep_x * W, ph.off.data(), values,
@@ -91,7 +91,7 @@ void sample_block(const Isa& isa, const Gather& g, const Task& k, const float* b
     const i64 W = g.width;
     const Phase& ph = g.phase[0];
     for (const TilePos& t : tiles_of(k.t_rows, g.out_w, isa.max_sddmm)) {
-        const SddmmFn run = isa.find(op_sddmm, t.rows, t.cols, g.istep_x == 1 ? unit : strided).sddmm;
+        const SddmmFn run = isa.find(op_sddmm, t.rows, t.cols, g.istep_x == 1 ? Lay::unit : Lay::strided).sddmm;
         for (i64 c = 0; c < ph.panels.n_chunks; ++c)
             for (i64 p = 0; p < ph.panels.n_panels; ++p)
                 run({block + (g.istep_y * t.t * g.pw + g.istep_x * t.x) * W, W, g.istep_y * g.pw * W, g.istep_x * W, ph.off.data(),

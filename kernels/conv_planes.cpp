@@ -121,7 +121,7 @@ void run_phase(const Isa& isa, const Gather& g, i64 phase, i64 c, i64 rows, cons
     const Panels& ps = ph.panels;
     y -= (ps.row0 + c * ps.chunk) * ypitch;
     each_tile(ceil_div(flat(g, rows, cols), W), isa.max_spmm, [&](i64 v, int n) {
-        const SpmmFn run = isa.find(op_spmm, 1, n, unit).spmm;
+        const SpmmFn run = isa.find(op_spmm, 1, n, Lay::unit).spmm;
         for (i64 p = 0; p < ps.n_panels; ++p)
             run({block + v * W, 1, 0, W, ph.off.data(), values, ps.begin(c, p), ps.count(c, p), y + v * W, ypitch, 0, W, bias, p == 0, ph.perm(), false, stream});
     });
@@ -241,7 +241,7 @@ void sample_tiles(const Isa& isa, const Gather& g, const Task& k, const float* b
     const i64 W = g.width;
     const Phase& ph = g.phase[0];
     each_tile(ceil_div(flat(g, k.t_rows, g.out_w), W), isa.max_sddmm, [&](i64 v, int m) {
-        const SddmmFn run = isa.find(op_sddmm, 1, m, unit).sddmm;
+        const SddmmFn run = isa.find(op_sddmm, 1, m, Lay::unit).sddmm;
         for (i64 c = 0; c < ph.panels.n_chunks; ++c)
             for (i64 p = 0; p < ph.panels.n_panels; ++p)
                 run({block + v * W, 1, 0, W, ph.off.data(), ph.panels.begin(c, p), ph.panels.count(c, p), grad + v * W, ypitch, 0, dv, add});

@@ -4,14 +4,14 @@
 
 // Kernel on one row's nonzeros, tile in registers. Narrow tiles keep several partial tiles, to hide the latency of the fma.
 template <Lay LAY> struct Indices { using type = i32; };
-template <> struct Indices<packed> { using type = uint16_t; };
+template <> struct Indices<Lay::packed> { using type = uint16_t; };
 
 template <int TR, int TC, Lay LAY> struct Tile {
     static constexpr int N = TR * TC, W = V::W;
     static constexpr int U = N >= 8 ? 1 : N >= 4 ? 2 : 4;
     using Index = typename Indices<LAY>::type;
-    static inline i64 at(const i64 row, const i64 col, int r, int c) { return r * row + c * (LAY == strided ? col : (i64)W); }
-    static inline i64 step(i64 given) { return LAY == packed ? TC * W : given; }   // from index to index, from row to row
+    static inline i64 at(const i64 row, const i64 col, int r, int c) { return r * row + c * (LAY == Lay::strided ? col : (i64)W); }
+    static inline i64 step(i64 given) { return LAY == Lay::packed ? TC * W : given; }   // from index to index, from row to row
 };
 
 static inline void prefetch(const void* p) { __builtin_prefetch(p); }
@@ -86,7 +86,7 @@ template <int TR, int TC, Lay LAY, bool PERM, int U> static void spmm_panel(cons
 }
 
 template <int TR, int TC, Lay LAY> static void spmm(const SpmmArgs& a) {
-    constexpr int U = Tile<TR, TC, LAY>::U, H = LAY == packed ? Tile<TR, 2 * TC, LAY>::U : U;
+    constexpr int U = Tile<TR, TC, LAY>::U, H = LAY == Lay::packed ? Tile<TR, 2 * TC, LAY>::U : U;
     if (H != U && a.half) a.perm ? spmm_panel<TR, TC, LAY, true, H>(a) : spmm_panel<TR, TC, LAY, false, H>(a);
     else a.perm ? spmm_panel<TR, TC, LAY, true, U>(a) : spmm_panel<TR, TC, LAY, false, U>(a);
 }
@@ -558,10 +558,10 @@ template <int TR, int TC, Lay LAY> struct Make {
 };
 
 static constexpr Kernel table[] = {
-#define KERNEL(op, dtype, tr, tc, lay) Make<tr, tc, lay>::op(#dtype),
+#define KERNEL(op, dtype, tr, tc, lay) Make<tr, tc, Lay::lay>::op(#dtype),
 #include "kernels.inc"
 #undef KERNEL
-    {"widen", "bf16", 1, 1, unit, nullptr, nullptr}, {"narrow", "bf16", 1, 1, unit, nullptr, nullptr},
+    {"widen", "bf16", 1, 1, Lay::unit, nullptr, nullptr}, {"narrow", "bf16", 1, 1, Lay::unit, nullptr, nullptr},
 };
 
 static constexpr Isa isa = {FS_NAME, V::W, V::max_spmm, V::max_sddmm, table, sizeof(table) / sizeof(table[0]),

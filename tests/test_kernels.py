@@ -111,18 +111,27 @@ def test_conv_drawn(isa, layout, data):
 def test_conv_larger(isa, layout, n, h, w, cin, cout, k, stride, pad):
     check_conv(np.random.default_rng(1), n, h, w, cin, cout, (k, k), .1, (stride, stride), (pad,)*4, layout=layout)
 
-@pytest.mark.parametrize('n,cin,cout,k,density', [(11, 64, 64, 1, .05), (9, 80, 80, 1, .6), (24, 32, 32, 3, .1)])
-def test_results_that_go_past_the_caches(isa, n, cin, cout, k, density):
-    "Tensors of more than 8 MB that start on a cache line"
+@pytest.mark.parametrize('layout', ['planes', 'batch'])
+def test_rows_of_more_nonzeros_than_are_collected_at_a_time(isa, layout):
+    rng = np.random.default_rng(5)
+    w, m = sparse(rng, 1, 30, 1700)
+    check_linear(w, m, randn(rng, 16, 1700), randn(rng, 16, 30), None)
+    check_conv(rng, 3, 12, 12, 24, 5, (7, 7), 1, (1, 1), (3,)*4, layout=layout)
+
+@pytest.mark.parametrize('n,cin,cout,hw,k,stride,density', [
+    (11, 64, 64, 56, 1, 1, .05), (9, 80, 80, 56, 1, 1, .6), (24, 32, 32, 56, 3, 1, .1), (60, 180, 184, 14, 3, 1, .02),
+    (40, 72, 280, 28, 3, 2, .05), (40, 80, 280, 27, 3, 2, .05), (40, 72, 280, 28, 1, 2, .1)])
+def test_results_that_go_past_the_caches(isa, n, cin, cout, hw, k, stride, density):
+    "Tensors of more than 8 MB that start on a cache line, of planes that may not end on one"
     rng = np.random.default_rng(15)
     w, m = sparse(rng, density, cout, cin, k, k)
-    x, dy = randn(rng, n, cin, 56, 56), randn(rng, n, cout, 56, 56)
+    p, v, dv = K.Conv2dPlan.from_mask(m, stride=(stride,)*2, padding=(k//2,)*4, layout='planes'), w[m], empty(m.sum())
+    x, dy = randn(rng, n, cin, hw, hw), randn(rng, n, cout, *p.out_size(hw, hw))
     out, dx = (torch.full(a.shape, float('nan')).numpy() for a in (dy, x))
     assert all(a.size > 2**21 and a.ctypes.data % 64 == 0 for a in (out, dx))
-    p, v, dv = K.Conv2dPlan.from_mask(m, padding=(k//2,)*4, layout='planes'), w[m], empty(m.sum())
     p.forward(x, v, None, out)
     p.backward(x, dy, v, dx, dv)
-    y64, dx64, dw64 = conv64(w, x, dy, None, (1, 1), (k//2,)*4, (1, 1), 1)
+    y64, dx64, dw64 = conv64(w, x, dy, None, (stride,)*2, (k//2,)*4, (1, 1), 1)
     near(out, y64, cin*k*k)
     near(dx, dx64, cout*k*k)
     np.testing.assert_allclose(dv, dw64[m], rtol=1e-3, atol=2e-3)
@@ -482,7 +491,7 @@ def test_an_isa_that_is_missing_is_a_clear_error():
 
 def test_every_kernel_is_in_the_table():
     t = K.kernel_table()
-    assert {k['isa'] for k in t} == set(isas)
+    assert {k['isa'] for k in t} == set(isas) and {k['lay'] for k in t} == {'packed', 'unit', 'strided'}
     per = {i: sum(k['isa'] == i for k in t) for i in isas}
     assert len(set(per.values())) == 1
 
