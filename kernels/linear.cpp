@@ -57,8 +57,8 @@ struct Work {
         else if (used < lanes)
             for (float* end = y + n; y != end; y += lanes) std::fill(y + used, y + lanes, 0.f);
     }
-    // y[row, lane] (+)= chunk c, panel p, of a or its transpose, times x[column, lane]
-    void multiply(const Csr& a, const Panels& ps, i64 c, i64 p, const float* values, const float* bias, const float* x, float* y) const {
+    // y[row, lane] (+)= chunk c, panel p, of the weight or its transpose, times x[column, lane]
+    void multiply(const Panels& ps, i64 c, i64 p, const float* values, const float* bias, const float* x, float* y) const {
         isa.find(op_spmm, 1, int(lanes / b.width), Lay::packed).spmm({x + p * ps.width * lanes, lanes, 0, b.width, ps.near.data(), values,
             ps.begin(c, p), ps.count(c, p), y, lanes, 0, b.width, bias, p == 0, ps.perm.empty() ? nullptr : ps.perm.data(), half});
     }
@@ -107,7 +107,7 @@ struct Tiles {
         for (i64 c = 0; c < ps.n_chunks; ++c) {
             const i64 r0 = c * ps.chunk, r1 = std::min(a.rows, r0 + ps.chunk);
             float* y = w.place(out, r0, scratch);
-            for (i64 p = 0; p < ps.n_panels; ++p) w.multiply(a, ps, c, p, values, bias, in, y);
+            for (i64 p = 0; p < ps.n_panels; ++p) w.multiply(ps, c, p, values, bias, in, y);
             w.finish(out, y, r0, r1);
         }
     }
@@ -117,7 +117,7 @@ struct Tiles {
         each_block(a.cols, [&](i64 c0, i64 c1) {
             const float* in = w.packed(x, c0, c1, xp);
             each(c0, c1, ps.width, [&](i64 p) {
-                for (i64 c = 0; c < ps.n_chunks; ++c) w.multiply(a, ps, c, p, values, bias, in, y);
+                for (i64 c = 0; c < ps.n_chunks; ++c) w.multiply(ps, c, p, values, bias, in, y);
             });
         });
         w.finish(out, y, 0, a.rows);
@@ -146,7 +146,7 @@ struct Tiles {
                 });
             if (dx)
                 each(r0, r1, pt.width, [&](i64 p) {
-                    for (i64 c = 0; c < pt.n_chunks; ++c) w.multiply(a, pt, c, p, k.values, nullptr, dy, dx);
+                    for (i64 c = 0; c < pt.n_chunks; ++c) w.multiply(pt, c, p, k.values, nullptr, dy, dx);
                 });
         });
         if (dx) w.finish(k.dx, dx, 0, a.cols);
@@ -165,7 +165,7 @@ struct Tiles {
             each(c0, c1, pt.chunk, [&](i64 c) {
                 const i64 d0 = c * pt.chunk, d1 = std::min(c1, d0 + pt.chunk);
                 float* dx = w.place(k.dx, d0, dxp);
-                for (i64 p = 0; p < pt.n_panels; ++p) w.multiply(a, pt, c, p, k.values, nullptr, dy, dx);
+                for (i64 p = 0; p < pt.n_panels; ++p) w.multiply(pt, c, p, k.values, nullptr, dy, dx);
                 w.finish(k.dx, dx, d0, d1);
             });
         });
@@ -327,10 +327,10 @@ struct Shared {
         });
     }
 
-    void chunk(const Work& w, const Csr& a, const Panels& ps, i64 c, const float* values, const float* bias, const float* in, float* scratch, const Target& out) const {
+    void chunk(const Work& w, const Panels& ps, i64 c, const float* values, const float* bias, const float* in, float* scratch, const Target& out) const {
         const i64 r0 = c * ps.chunk, r1 = std::min(ps.rows, r0 + ps.chunk);
         float* y = w.place(out, r0, scratch);
-        for (i64 p = 0; p < ps.n_panels; ++p) w.multiply(a, ps, c, p, values, bias, in + w.item * ps.cols, y);
+        for (i64 p = 0; p < ps.n_panels; ++p) w.multiply(ps, c, p, values, bias, in + w.item * ps.cols, y);
         w.finish(out, y, r0, r1);
     }
 
@@ -343,7 +343,7 @@ struct Shared {
     };
 
     // Packs both sources and multiplies the second one if a result is wanted.
-    void product(const Csr& a, const Panels& ps, const float* values, const float* bias, const Packing& also, const Packing& in, const Target& out) const {
+    void product(const Panels& ps, const float* values, const float* bias, const Packing& also, const Packing& in, const Target& out) const {
         const i64 scratch = ps.chunk * b.most();
         Scratch space(scratch * threads);
         if (parts > 1)
@@ -351,18 +351,18 @@ struct Shared {
                 const Work w(isa, b, task / parts, task % parts, parts);
                 for (const Packing* p : {&also, &in})
                     if (p->needed()) w.pack(p->src, 0, p->src.dim, p->space.data() + w.item * p->src.dim);
-                if (out.data) for (i64 c = 0; c < ps.n_chunks; ++c) chunk(w, a, ps, c, values, bias, in.data(), space.data() + slot * scratch, out);
+                if (out.data) for (i64 c = 0; c < ps.n_chunks; ++c) chunk(w, ps, c, values, bias, in.data(), space.data() + slot * scratch, out);
             });
         for (const Packing* p : {&also, &in})
             if (p->needed()) pack(p->src, p->space.data());
         if (out.data)
             parallel_for(b.tiles * ps.n_chunks, threads, [&](i64 task, int slot) {
-                chunk(Work(isa, b, task / ps.n_chunks), a, ps, task % ps.n_chunks, values, bias, in.data(), space.data() + slot * scratch, out);
+                chunk(Work(isa, b, task / ps.n_chunks), ps, task % ps.n_chunks, values, bias, in.data(), space.data() + slot * scratch, out);
             });
     }
 
-    void forward(const Csr& a, const Panels& ps, const Source& x, const float* values, const float* bias, const Target& out) const {
-        product(a, ps, values, bias, Packing({nullptr, 0}, b), Packing(x, b), out);
+    void forward(const Panels& ps, const Source& x, const float* values, const float* bias, const Target& out) const {
+        product(ps, values, bias, Packing({nullptr, 0}, b), Packing(x, b), out);
     }
 
     void sample(const Csr& a, const Panels& ps, const float* x, const float* dy, float* dvalues) const {
@@ -385,7 +385,7 @@ struct Shared {
 
     void backward(const Csr& a, const Panels& ps, const Panels& pt, const Backward& k) const {
         const Packing x(k.dvalues ? k.x : Source{nullptr, 0}, b), dy(k.dy, b);
-        product(a, pt, k.values, nullptr, x, dy, k.dx);
+        product(pt, k.values, nullptr, x, dy, k.dx);
         if (k.dbias) bias(a.rows, dy.data(), k.dbias);
         if (k.dvalues) sample(a, ps, x.data(), dy.data(), k.dvalues);
     }
@@ -482,7 +482,7 @@ void LinearPlan::forward(const float* x, i64 batch, const float* values, const f
     const Source from{x, cols(), link.x_packed};
     const Target to{out, rows(), link.y_packed, link.relu};
     if (by.even()) by.forward(from, to);
-    else Shared(isa, b, threads).forward(w_, *ps, from, values, bias, to);
+    else Shared(isa, b, threads).forward(*ps, from, values, bias, to);
 }
 
 void LinearPlan::backward(const float* x, const float* dy, i64 batch, const float* values, float* dx, float* dvalues, float* dbias,
