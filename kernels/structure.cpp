@@ -77,25 +77,37 @@ static void check_near(i64 width) {
     if (width > i64(std::numeric_limits<uint16_t>::max()) + 1) throw std::logic_error("a panel is too wide for 16 bits");
 }
 
+// near[k] = idx[k] - first for n entries, and for up to 15 more where `over` says that these are written later.
+static void store_near(const i32* idx, i64 n, i64 first, bool over, uint16_t* near) {
+    constexpr i64 step = 16;
+    i64 k = 0;
+    for (const i64 whole = over ? n : n - step + 1; k < whole; k += step)
+        for (i64 i = 0; i < step; ++i) near[k + i] = uint16_t(idx[k + i] - first);
+    for (; k < n; ++k) near[k] = uint16_t(idx[k] - first);
+}
+
 Panels::Panels(const Csr& a, i64 row0, i64 row1, i64 chunk, i64 width, Entries entries, int threads)
     : Panels(a.rows, a.cols, row0, row1, chunk, width) {
     std::vector<Part> parts(n_chunks);
     if (entries == nearby) { check_near(width); near.resize(a.idx.size()); }
     parallel_for(n_chunks, threads, [&](i64 c, int) {
         const i64 r0 = row0 + c * chunk, r1 = std::min(row1, r0 + chunk), rows = r1 - r0;
+        std::vector<i32> count(size_t(rows * n_panels));
+        for (i64 r = 0; r < rows; ++r)
+            for (i64 p = 0, k = a.indptr[r0 + r], end = a.indptr[r0 + r + 1]; p < n_panels; ++p) {
+                const i64 n = p == n_panels - 1 ? end - k : below(a.idx.data() + k, end - k, i32((p + 1) * width));
+                if (entries == nearby) store_near(a.idx.data() + k, n, p * width, k + n + 16 <= a.indptr[r1], near.data() + k);
+                count[p * rows + r] = i32(n);
+                k += n;
+            }
         std::vector<i64> next(&a.indptr[r0], &a.indptr[r1]);
-        for (i64 k = a.indptr[r0]; k < a.indptr[r1]; k += 16) __builtin_prefetch(&a.idx[k]);  // side by side, rows are too many streams
         Part& part = parts[c];
         part.in.resize(size_t(rows));
         part.segs.resize(size_t(rows + std::min(rows * (n_panels - 1), a.indptr[r1] - a.indptr[r0])));
         for (i64 p = 0; p < n_panels; ++p) {
             for (i64 r = 0; r < rows; ++r) {
-                const i64 left = a.indptr[r0 + r + 1] - next[r];
-                const i64 n = p == n_panels - 1 ? left : below(a.idx.data() + next[r], left, i32((p + 1) * width));
-                part.in[r] = {uint32_t(next[r]), i32(r0 + r), i32(n)};
-                if (entries == nearby)
-                    for (i64 k = next[r]; k < next[r] + n; ++k) near[k] = uint16_t(a.idx[k] - p * width);
-                next[r] += n;
+                part.in[r] = {uint32_t(next[r]), i32(r0 + r), count[p * rows + r]};
+                next[r] += count[p * rows + r];
             }
             part.append(p == 0);
         }
