@@ -20,15 +20,15 @@ void pack_strided(const Isa& isa, const Gather& g, const float* src, i64 t0, flo
         const i64 lo = std::clamp<i64>(y0 < 0 ? ceil_div(-y0, g.istep_y) : 0, 0, g.ph);
         const i64 hi = std::clamp<i64>(y0 >= g.in_h ? 0 : ceil_div(g.in_h - y0, g.istep_y), lo, g.ph);
         const float* from = src + (y0 + g.istep_y * lo) * g.in_w;
-        float* to = dst + lo * g.pw;
         const char* used = &g.used_step[py * g.istep_x];
         const bool both = g.istep_x == 2 && used[0] && used[1];
-        if (both) isa.unzip(from, pitch, hi - lo, g.in_w, g.dx_min, to, to + g.step_plane, g.pw);
-        for (i64 px = 0; px < g.istep_x; ++px, to += g.step_plane) {
+        if (both) isa.unzip(from, pitch, hi - lo, g.in_w, g.dx_min, dst + lo * g.pw, dst + lo * g.pw + g.step_plane, g.pw);
+        for (i64 px = 0; px < g.istep_x; ++px) {
             if (!used[px]) continue;
-            if (!both) isa.pad_every(from, pitch, hi - lo, g.in_w, g.dx_min + px, g.istep_x, to, g.pw);
-            std::fill(to - lo * g.pw, to, 0.f);
-            std::fill(to + (hi - lo) * g.pw, to - lo * g.pw + g.step_plane, 0.f);
+            float* phase = dst + px * g.step_plane;
+            if (!both) isa.pad_every(from, pitch, hi - lo, g.in_w, g.dx_min + px, g.istep_x, phase + lo * g.pw, g.pw);
+            std::fill(phase, phase + lo * g.pw, 0.f);
+            std::fill(phase + hi * g.pw, phase + g.step_plane, 0.f);
         }
     }
 }

@@ -39,22 +39,12 @@ struct V {
     static V fma(V a, V b, V c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
     static V gate(V by, V a) { return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(by.v, _mm512_setzero_ps(), _CMP_NLE_UQ), a.v)}; }
     static void stream(float* p, V a) { _mm512_stream_ps(p, a.v); }
-    static V even(V a, V b) {
-        const __m512i i = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-        return {_mm512_permutex2var_ps(a.v, i, b.v)};
-    }
-    static V odd(V a, V b) {
-        const __m512i i = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
-        return {_mm512_permutex2var_ps(a.v, i, b.v)};
-    }
-    static V zip_low(V a, V b) {
-        const __m512i i = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-        return {_mm512_permutex2var_ps(a.v, i, b.v)};
-    }
-    static V zip_high(V a, V b) {
-        const __m512i i = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-        return {_mm512_permutex2var_ps(a.v, i, b.v)};
-    }
+    // Lanes of a (0 to 15) and b (16 to 31) in any order
+    static V pick(V a, V b, __m512i lanes) { return {_mm512_permutex2var_ps(a.v, lanes, b.v)}; }
+    static V even(V a, V b) { return pick(a, b, _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30)); }
+    static V odd(V a, V b) { return pick(a, b, _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31)); }
+    static V zip_low(V a, V b) { return pick(a, b, _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23)); }
+    static V zip_high(V a, V b) { return pick(a, b, _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)); }
     static V expand(const float* p, uint16_t lanes) { return {_mm512_maskz_expandloadu_ps(lanes, p)}; }
     static V last(V a, const float* p, i64 n) { return {_mm512_mask_loadu_ps(a.v, __mmask16(~first(W - n)), p)}; }
     // best and won become v and place in the lanes where v is larger, or NaN.

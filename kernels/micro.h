@@ -154,30 +154,17 @@ template <int TR, int TC, Lay LAY> static void sddmm(const SddmmArgs& a) {
 #pragma GCC unroll 16
             for (int i = 0; i < N; ++i) g[i] = V::load(y + (i / TC) * yrow + (i % TC) * W);
             const Index *k = idx + s->start + done, *end = k + n;
-            for (; k + 4 <= end; k += 4) {
-                const float* p[4];
-                V acc[4];
-#pragma GCC unroll 4
-                for (int j = 0; j < 4; ++j) p[j] = address(x + k[j] * scale);
-#pragma GCC unroll 4
-                for (int j = 0; j < 4; ++j) acc[j] = V::mul(g[0], V::load(p[j]));
+            const auto product = [&](const Index* at) {
+                const float* p = address(x + *at * scale);
+                V acc = V::mul(g[0], V::load(p));
 #pragma GCC unroll 16
-                for (int i = 1; i < N; ++i)
-#pragma GCC unroll 4
-                    for (int j = 0; j < 4; ++j) acc[j] = V::fma(g[i], V::load(p[j] + T::at(xrow, xcol, i / TC, i % TC)), acc[j]);
-                sums.put(acc[0], acc[1], acc[2], acc[3]);
-            }
+                for (int i = 1; i < N; ++i) acc = V::fma(g[i], V::load(p + T::at(xrow, xcol, i / TC, i % TC)), acc);
+                return acc;
+            };
+            for (; k + 4 <= end; k += 4) sums.put(product(k), product(k + 1), product(k + 2), product(k + 3));
             if (k < end) {
-                V acc[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
-#pragma GCC unroll 3
-                for (int j = 0; j < 3; ++j) {
-                    if (k + j >= end) break;
-                    const float* p = address(x + k[j] * scale);
-                    acc[j] = V::mul(g[0], V::load(p));
-#pragma GCC unroll 16
-                    for (int i = 1; i < N; ++i) acc[j] = V::fma(g[i], V::load(p + T::at(xrow, xcol, i / TC, i % TC)), acc[j]);
-                }
-                sums.put(acc[0], acc[1], acc[2], acc[3]);
+                const V zero = V::zero();
+                sums.put(product(k), k + 1 < end ? product(k + 1) : zero, k + 2 < end ? product(k + 2) : zero, zero);
             }
             done += n;
             if (done < s->n) break;
@@ -425,18 +412,18 @@ static void gather(const float* src, const uint32_t* perm, i64 n, float* dst) {
 
 static void row_sums(const float* src, i64 rows, i64 cols, i64 parts, i64 apart, float* dst, bool add) {
     constexpr int W = V::W;
-    alignas(64) float buf[W * W];
+    alignas(64) float sums[W], buf[Reducer::floats];
     for (i64 r = 0; r < rows; r += W) {
         const i64 n = rows - r < W ? rows - r : W;
-        for (i64 i = 0; i < W; ++i) {
-            V s = V::zero();
-            if (i < n)
+        Reducer reducer(buf, sums);
+        for (i64 i = 0; i < W; i += 4) {
+            V s[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
+            for (i64 j = 0; j < 4 && i + j < n; ++j)
                 for (i64 p = 0; p < parts; ++p)
-                    for (i64 k = 0; k < cols; k += W) s = V::add(s, V::load(src + p * apart + (r + i) * cols + k));
-            V::store(buf + W * i, s);
+                    for (i64 k = 0; k < cols; k += W) s[j] = V::add(s[j], V::load(src + p * apart + (r + i + j) * cols + k));
+            reducer.put(s[0], s[1], s[2], s[3]);
         }
-        for (i64 i = 0; i < W; i += 4) V::store(buf + W * i / 4, V::quad(V::load(buf + W * i), V::load(buf + W * (i + 1)), V::load(buf + W * (i + 2)), V::load(buf + W * (i + 3))));
-        const V s = V::reduce_quads(buf);
+        const V s = V::load(sums);
         V::store_first(dst + r, add ? V::add(V::load_first(dst + r, n), s) : s, n);
     }
 }
