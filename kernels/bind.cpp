@@ -543,7 +543,7 @@ py::list kernel_table() {
             const Kernel& n = i->kernels[k];
             py::dict d;
             d["op"] = n.op; d["dtype"] = n.dtype; d["isa"] = i->name; d["tile"] = py::make_tuple(n.rows, n.cols);
-            d["lay"] = n.lay == Lay::packed ? "packed" : n.lay == Lay::unit ? "unit" : "strided"; d["width"] = i->width;
+            d["lay"] = n.lay == Lay::packed ? "packed" : n.lay == Lay::unit ? "unit" : n.lay == Lay::strided ? "strided" : "shifted"; d["width"] = i->width;
             out.append(d);
         }
     return out;

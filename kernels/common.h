@@ -19,8 +19,9 @@ using bf16 = uint16_t;  // the upper half of a float
 struct Seg { uint32_t start; i32 row, n; };
 
 // How tiles lie in memory. packed: as Linear packs a batch, tile after tile without a gap, indices having 16 bits; unit: neighbouring tile
-// columns are neighbours in input and output; strided: their distances are arguments.
-enum class Lay { packed, unit, strided };
+// columns are neighbours in input and output; strided: their distances are arguments; shifted: as unit, a segment's nonzeros being sorted
+// into classes, after each of which the sums move some lanes down.
+enum class Lay { packed, unit, strided, shifted };
 
 // y[row, tile] (+)= sum_k val[k] * x[idx[k]*scale + tile], a tile being TR x TC vectors kept in registers.
 struct SpmmArgs {
@@ -34,6 +35,8 @@ struct SpmmArgs {
     const uint32_t* perm = nullptr;   // where the values are in val, unless at k itself
     bool half = false;                // sum in the order of a tile twice as wide, of which this is one half
     bool stream = false;              // results go past the caches, y being aligned to vectors; a fence is the caller's business
+    int classes = 0;                  // shifted: the classes of nonzeros, how many of each segment there are in each of them,
+    const i32 *runs = nullptr, *down = nullptr;  // and by how many lanes the sums move down after it (at most a vector)
 };
 
 // dv[k] (+)= sum over the tile of y[row, tile] * x[idx[k]*scale + tile].
@@ -44,6 +47,8 @@ struct SddmmArgs {
     const Seg* segs; i64 nseg;
     const float* y; i64 ypitch, yrow;  // neighbouring tile columns are neighbours
     float* dv; bool add;
+    int classes = 0;                   // shifted: as above; y is where the first class reads it, and then moves down
+    const i32 *runs = nullptr, *down = nullptr;
 };
 
 using SpmmFn = void (*)(const SpmmArgs&);
@@ -93,8 +98,8 @@ struct Isa {
     void (*zip)(const float* a, const float* b, i64 src_pitch, i64 rows, i64 n, float* dst, i64 dst_pitch);
     void (*stream)(const float* src, i64 n, float* dst);                       // a copy past the caches
     void (*fence)();                                                           // after all that went past them
-    // dst[i*W + lane] = the next float from src + at[i] for each lane in keep[i], zero in the others; null where slow
-    void (*expand)(const float* src, const i32* at, const uint16_t* keep, i64 n, float* dst);
+    // dst[i*W + lane] = the next float from src + at[i] for each lane in keep[i]; the others are zero, or stay as they are if `more`; null where slow
+    void (*expand)(const float* src, const i32* at, const uint16_t* keep, i64 n, bool more, float* dst);
     // crop to rows that follow each other, past the caches, for at least a vector of columns; null where slow
     void (*crop_stream)(const float* src, i64 src_pitch, i64 rows, i64 cols, float* dst);
     // Batch normalisation, float by float; s1 and s2 collect, all others hold a channel's number for each of its floats.

@@ -89,6 +89,56 @@ i64 panel_channels(const Gather& g) {
     return std::min(std::max<i64>(1, g.channels), std::max(fits, i64(std::min(few / std::max(per_channel, 1e-9), 1e9))));
 }
 
+// The classes of a phase's taps, by the lane from which they read a row, the last one first; and the class of each tap.
+std::vector<i32> set_classes(const Gather& g, Phase& ph) {
+    std::vector<i32> column(size_t(g.taps)), of(size_t(g.taps));
+    for (i64 t = 0; t < g.taps; ++t) column[t] = i32((g.dx[t] - g.dx_min) / g.istep_x);
+    std::vector<char> there(size_t(g.taps));
+    for (const Seg& s : ph.panels.segs)
+        for (i64 k = s.start; k < i64(s.start) + s.n; ++k) there[g.csr->idx[k] % g.taps] = 1;
+    std::vector<i32> lanes;
+    for (i64 t = 0; t < g.taps; ++t)
+        if (there[t]) lanes.push_back(column[t]);
+    std::sort(lanes.begin(), lanes.end(), std::greater<>());
+    lanes.erase(std::unique(lanes.begin(), lanes.end()), lanes.end());
+    for (size_t c = 0; c < lanes.size(); ++c) ph.down.push_back(lanes[c] - (c + 1 < lanes.size() ? lanes[c + 1] : 0));
+    for (i64 t = 0; t < g.taps; ++t) of[t] = i32(std::find(lanes.begin(), lanes.end(), column[t]) - lanes.begin());
+    ph.lane = lanes.empty() ? 0 : lanes[0];
+    return of;
+}
+
+// Segments of a panel with the same numbers of entries in each class next to each other, and each segment's entries by their class.
+template <class F> void sort_by_class(Gather& g, Phase& ph, F&& offset) {
+    const Csr& a = *g.csr;
+    const std::vector<i32> of = set_classes(g, ph);
+    const size_t n = ph.down.size();
+    struct Row { Seg seg; std::vector<i32> runs; };
+    std::vector<Row> rows;
+    for (const Panels::Range& range : ph.panels.at) {
+        rows.clear();
+        for (i64 i = range.from; i < range.to; ++i) {
+            rows.push_back({ph.panels.segs[i], std::vector<i32>(n)});
+            for (i64 k = rows.back().seg.start, end = k + rows.back().seg.n; k < end; ++k) ++rows.back().runs[of[a.idx[k] % g.taps]];
+        }
+        std::stable_sort(rows.begin(), rows.end(), [](const Row& a, const Row& b) { return a.runs < b.runs; });
+        for (i64 i = range.from; i < range.to; ++i) {
+            const Row& row = rows[i - range.from];
+            const uint32_t start = uint32_t(ph.off.size());
+            ph.panels.segs[i] = {start, row.seg.row, row.seg.n};
+            ph.runs.insert(ph.runs.end(), row.runs.begin(), row.runs.end());
+            ph.off.resize(start + row.seg.n);
+            ph.order.resize(start + row.seg.n);
+            std::vector<uint32_t> to(n, start);
+            for (size_t c = 1; c < n; ++c) to[c] = to[c - 1] + row.runs[c - 1];
+            for (i64 k = row.seg.start; k < i64(row.seg.start) + row.seg.n; ++k) {
+                const uint32_t at = to[of[a.idx[k] % g.taps]]++;
+                ph.off[at] = offset(row.seg.row, a.idx[k]);
+                ph.order[at] = a.perm.empty() ? uint32_t(k) : a.perm[k];
+            }
+        }
+    }
+}
+
 void set_phases(Gather& g, const ConvShape& s) {
     std::vector<i64> tap(g.taps);
     for (i64 t = 0; t < g.taps; ++t) tap[t] = g.planes ? planes_offset(g, g.dy[t], g.dx[t]) : batch_offset(g, g.dy[t], g.dx[t]);
@@ -97,17 +147,23 @@ void set_phases(Gather& g, const ConvShape& s) {
         throw std::overflow_error("an image row of all channels does not fit 32-bit offsets");
     g.used.assign(size_t(g.channels), 0);
     const i64 ocg = s.oc / s.groups, width = panel_channels(g) * g.taps;
+    const auto offset = [&](i64 row, i32 idx) {
+        const i64 c = (g.backward ? 0 : row / ocg * s.icg) + idx / g.taps;
+        g.used[c] = 1;
+        return i32(c * g.plane + tap[idx % g.taps]);
+    };
+    i64 begin = 0;
     for (i64 p = 0; p < g.phases(); ++p) {
-        Phase ph{Panels(*g.csr, p * g.rows, (p + 1) * g.rows, g.row_chunk(), width, g.backward ? Panels::reordered : Panels::none), {}};
-        const auto& idx = g.backward ? ph.panels.idx : g.csr->idx;
-        ph.off.resize(idx.size());
-        for (const Seg& seg : ph.panels.segs) {
-            const i64 base = g.backward ? 0 : seg.row / ocg * s.icg;
-            for (i64 k = seg.start; k < i64(seg.start) + seg.n; ++k) {
-                const i64 c = base + idx[k] / g.taps;
-                g.used[c] = 1;
-                ph.off[k] = i32(c * g.plane + tap[idx[k] % g.taps]);
-            }
+        Phase ph{Panels(*g.csr, p * g.rows, (p + 1) * g.rows, g.row_chunk(), width, g.backward && !g.shifted ? Panels::reordered : Panels::none)};
+        ph.begin = begin;
+        if (g.shifted) {
+            sort_by_class(g, ph, offset);
+            begin += i64(ph.order.size());
+        } else {
+            const auto& idx = g.backward ? ph.panels.idx : g.csr->idx;
+            ph.off.resize(idx.size());
+            for (const Seg& seg : ph.panels.segs)
+                for (i64 k = seg.start; k < i64(seg.start) + seg.n; ++k) ph.off[k] = offset(seg.row, idx[k]);
         }
         g.phase.push_back(std::move(ph));
     }
@@ -140,21 +196,27 @@ bool Conv2dPlan::planes(i64 n, i64 h, i64 w) const {
     if (layout_ != Layout::automatic) return layout_ == Layout::planes;
     const i64 pixels = s_.out_h(h) * s_.out_w(w), lanes = current_isa().width;
     if (n < lanes && n <= pixels) return true;
+    Gather g;
+    g.backward = false; g.width = int(lanes); g.h = h; g.w = w; g.images = std::min(n, most_side);
+    set_direction(g, s_);
+    set_planes_block(g);
+    if (g.shifted) return true;
     if (pixels <= (s_.taps() > 1 ? 64 : lanes)) return false;
     const double density = double(nnz()) / std::max(1., double(w_.rows) * double(w_.cols));
     const i64 packed = std::max(s_.ic(), s_.oc) * (h + s_.kh) * (w + s_.kw) * lanes;
     return s_.taps() == 1 || lanes < 16 || density < .07 || pixels > 28 * 28 || packed > 2 * 1024 * 1024;
 }
 
-std::shared_ptr<const Gather> Conv2dPlan::gather(bool backward, i64 h, i64 w, int width, bool planes) const {
+std::shared_ptr<const Gather> Conv2dPlan::gather(bool backward, i64 n, i64 h, i64 w, int width, bool planes) const {
+    const i64 images = planes ? std::min(n, most_side) : 0;
     std::lock_guard<std::mutex> guard(lock_);
     for (const auto& g : cache_)
-        if (g->backward == backward && g->h == h && g->w == w && g->width == width && g->planes == planes) return g;
+        if (g->backward == backward && g->h == h && g->w == w && g->width == width && g->planes == planes && g->images == images) return g;
     auto g = std::make_shared<Gather>();
-    g->backward = backward; g->planes = planes; g->width = width; g->h = h; g->w = w;
+    g->backward = backward; g->planes = planes; g->width = width; g->h = h; g->w = w; g->images = images;
     g->csr = backward ? &wt_ : &w_;
     set_direction(*g, s_);
-    if (planes) set_planes_block(*g); else set_batch_block(*g);
+    if (planes) { set_planes_block(*g); set_expansion(*g); } else set_batch_block(*g);
     set_phases(*g, s_);
     if (cache_.size() >= 8) cache_.erase(cache_.begin());
     cache_.push_back(g);
@@ -164,21 +226,21 @@ std::shared_ptr<const Gather> Conv2dPlan::gather(bool backward, i64 h, i64 w, in
 void Conv2dPlan::forward(const float* x, i64 n, i64 h, i64 w, const float* values, const float* bias, float* out, int threads) const {
     const Isa& isa = current_isa();
     if (!n || !s_.oc || !s_.out_h(h) || !s_.out_w(w)) return;
-    const auto g = gather(false, h, w, isa.width, planes(n, h, w));
+    const auto g = gather(false, n, h, w, isa.width, planes(n, h, w));
     (g->planes ? gather_planes : gather_batch)(isa, *g, x, n, values, bias, out, threads);
 }
 
 void Conv2dPlan::backward_input(const float* dy, i64 n, i64 h, i64 w, const float* values, float* dx, int threads) const {
     const Isa& isa = current_isa();
     if (!n || !s_.ic() || !h || !w) return;
-    const auto g = gather(true, h, w, isa.width, planes(n, h, w));
+    const auto g = gather(true, n, h, w, isa.width, planes(n, h, w));
     (g->planes ? gather_planes : gather_batch)(isa, *g, dy, n, values, nullptr, dx, threads);
 }
 
 void Conv2dPlan::backward_weight(const float* x, const float* dy, i64 n, i64 h, i64 w, float* dvalues, int threads) const {
     const Isa& isa = current_isa();
     if (!n || !s_.out_h(h) || !s_.out_w(w)) { std::fill(dvalues, dvalues + nnz(), 0.f); return; }
-    const auto g = gather(false, h, w, isa.width, planes(n, h, w));
+    const auto g = gather(false, n, h, w, isa.width, planes(n, h, w));
     (g->planes ? sample_planes : sample_batch)(isa, *g, x, dy, n, dvalues, threads);
 }
 
@@ -186,7 +248,7 @@ void Conv2dPlan::backward(const float* x, const float* dy, i64 n, i64 h, i64 w, 
     const Isa& isa = current_isa();
     if (n && s_.ic() && s_.oc && s_.out_h(h) && s_.out_w(w)) {
         const bool flat = planes(n, h, w);
-        const auto f = gather(false, h, w, isa.width, flat), b = gather(true, h, w, isa.width, flat);
+        const auto f = gather(false, n, h, w, isa.width, flat), b = gather(true, n, h, w, isa.width, flat);
         if (!flat && shares_gradient_batch(*f, *b)) return backward_batch(isa, *f, *b, x, dy, n, values, dx, dvalues, threads);
         if (flat && shares_gradient(*f, *b)) return backward_planes(isa, *f, *b, x, dy, n, values, dx, dvalues, threads);
     }

@@ -8,8 +8,17 @@ namespace fastsparse {
 struct Phase {
     Panels panels;
     std::vector<i32> off;              // per entry, in pixels or floats of the packed block
+    // shifted: a segment's nonzeros run class by class of the lane from which they read a row, the last lane first.
+    std::vector<i32> runs, down;       // entries of each segment in each class; lanes by which the sums move after it
+    i32 lane = 0;                      // of the first class
+    std::vector<uint32_t> order;       // where the values are, in the order in which they run
+    i64 begin = 0;                     // of this phase among all values in that order
+    int classes() const { return int(down.size()); }
+    const i32* runs_of(const Seg* s) const { return runs.data() + (s - panels.segs.data()) * classes(); }
     const uint32_t* perm() const { return panels.perm.empty() ? nullptr : panels.perm.data(); }
 };
+
+constexpr i64 most_side = 4;
 
 // One direction for one image size: out[row, p] = sum over nonzeros val * in[channel, p*step + d].
 // Output row = ostep*t + phase, input row = istep*t + d(tap); columns alike.
@@ -31,6 +40,9 @@ struct Gather {
     std::vector<i32> from;             // planes, if blocks are whole images: where each vector of a packed channel starts in the image,
     std::vector<uint16_t> keep;        // and which of its lanes are pixels
     bool direct;                       // planes: the image itself serves as the packed block
+    bool shifted = false;              // planes: rows are whole vectors, so that all loads are aligned
+    i64 images;                        // planes: how many there are, up to most_side
+    i64 side = 1, slot = 0;            // planes: so many images lie side by side, each in a slot of a row
     std::vector<Phase> phase;
     bool whole = false;                // batch: blocks are whole images of few enough channels
     std::vector<i32> pixel;            // batch: where a pixel goes, in floats: of one channel, of all channels if whole
@@ -49,6 +61,7 @@ std::vector<int> split_tiles(i64 n, int most);
 
 void set_batch_block(Gather& g);
 void set_planes_block(Gather& g);
+void set_expansion(Gather& g);
 i64 batch_panel(const Gather& g);      // channels whose part of a tile fits the L1 cache
 i64 planes_panel(const Gather& g);
 i64 batch_offset(const Gather& g, i64 dy, i64 dx);

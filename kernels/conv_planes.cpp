@@ -1,6 +1,7 @@
 // Planes layout: one image at a time, its lanes neighbouring pixels. Each channel is copied once with its padding (and, for a
 // stride, split in phases first); a nonzero is then one flat offset, and the inner loop runs over contiguous pixels, across
-// the ends of rows. What is computed between the rows is dropped.
+// the ends of rows. What is computed between the rows is dropped. With AVX-512, where few lanes are lost by it, rows are whole
+// vectors ("shifted"): a load that straddles two cache lines costs two there, and all are aligned then.
 #include "conv.h"
 #include <algorithm>
 
@@ -8,9 +9,10 @@ namespace fastsparse {
 namespace {
 
 constexpr i64 l1_floats = 9 * 1024, l2_floats = 256 * 1024;
+constexpr i64 tile = 16;   // vectors of a tile of whole rows, at most
 
 // Pixels from the first to the last of n rows, in the pitch of the packed block.
-i64 flat(const Gather& g, i64 rows, i64 cols) { return (rows - 1) * g.pw + cols; }
+i64 flat(const Gather& g, i64 rows, i64 cols) { return g.shifted ? rows * g.pw : (rows - 1) * g.pw + cols; }
 
 // A channel's phases of the stride, those of one row phase after each other.
 void pack_strided(const Isa& isa, const Gather& g, const float* src, i64 t0, float* dst) {
@@ -41,26 +43,42 @@ void pack_plain(const Isa& isa, const Gather& g, const float* src, i64 t0, float
     std::fill(dst + bottom * g.pw, dst + g.plane, 0.f);
 }
 
-// in[channel, y, x] -> block[channel, phase, row, column], for the rows that outputs t0.. need.
-void pack_block(const Isa& isa, const Gather& g, const float* in, i64 t0, float* block) {
-    if (isa.expand && !g.keep.empty()) {
-        for (i64 c = 0; c < g.channels; ++c)
-            if (g.used[c]) isa.expand(in + c * g.in_h * g.in_w, g.from.data(), g.keep.data(), i64(g.keep.size()), block + c * g.plane);
-        return;
-    }
-    for (i64 c = 0; c < g.channels; ++c)
-        if (g.used[c]) (g.steps() == 1 && g.pw + g.dx_min > 0 ? pack_plain : pack_strided)(isa, g, in + c * g.in_h * g.in_w, t0, block + c * g.plane);
+i64 tasks(const Gather& g, i64 n) { return ceil_div(n, g.side) * g.blocks(); }
+
+Task task_of(const Gather& g, i64 task, i64 n) {
+    const i64 n0 = task / g.blocks() * g.side, t0 = task % g.blocks() * g.block;
+    return {n0, std::min(g.side, n - n0), t0, std::min(g.block, g.t_rows - t0)};
 }
 
-Task task_of(const Gather& g, i64 task) {
-    const i64 t0 = task % g.blocks() * g.block;
-    return {task / g.blocks(), 1, t0, std::min(g.block, g.t_rows - t0)};
+// Images side by side.
+void pack_images(const Isa& isa, const Gather& g, const float* in, i64 images, float* block) {
+    const i64 n = g.plane / g.width, plane = g.in_h * g.in_w;
+    for (i64 c = 0; c < g.channels; ++c)
+        for (i64 i = 0; g.used[c] && i < images; ++i)
+            isa.expand(in + (i * g.channels + c) * plane, g.from.data() + i * n, g.keep.data() + i * n, n, i > 0, block + c * g.plane);
+}
+
+// in[channel, y, x] -> block[channel, phase, row, column], for the rows that outputs t0.. need.
+void pack_block(const Isa& isa, const Gather& g, const float* in, const Task& k, float* block) {
+    if (isa.expand && !g.keep.empty()) return pack_images(isa, g, in, k.images, block);
+    for (i64 c = 0; c < g.channels; ++c)
+        if (g.used[c]) (g.steps() == 1 && g.pw + g.dx_min > 0 ? pack_plain : pack_strided)(isa, g, in + c * g.in_h * g.in_w, k.t0, block + c * g.plane);
 }
 
 // f(first vector, vectors) for every tile of n vectors.
 template <class F> void each_tile(i64 n, int most, F&& f) {
     i64 v = 0;
     for (int m : split_tiles(n, most)) { f(v, m); v += m; }
+}
+
+// f(first row, vectors) for tiles of whole rows
+template <class F> void each_rows(const Gather& g, i64 rows, F&& f) {
+    const i64 row = g.pw / g.width, tiles = ceil_div(rows, tile / row);
+    for (i64 t = 0, r = 0; t < tiles; ++t) {
+        const i64 n = (rows - r) / (tiles - t);
+        f(r, int(n * row));
+        r += n;
+    }
 }
 
 // The results of a chunk of rows: y[phase, row, position], position in the block's pitch.
@@ -72,7 +90,7 @@ struct Result {
     bool far;                          // too large for the caches
 
     // out[row, t*ostep + py, x*ostep + px] = y[py, px, row, t, x] for a chunk of so many rows
-    void copy(i64 rows, const Task& k, float* out) const {
+    void copy(const float* y, i64 rows, const Task& k, float* out) const {
         const i64 height = std::min(k.t_rows * g.ostep_y, g.out_h - k.t0 * g.ostep_y), floats = height * g.out_w, plane = g.out_h * g.out_w;
         out += k.t0 * g.ostep_y * g.out_w;
         if (far && g.phases() == 1 && isa.crop_stream && g.out_w >= g.width && floats % g.width == 0 && k.t0 * g.out_w % g.width == 0) {
@@ -120,6 +138,15 @@ void run_phase(const Isa& isa, const Gather& g, i64 phase, i64 c, i64 rows, cons
     const Phase& ph = g.phase[phase];
     const Panels& ps = ph.panels;
     y -= (ps.row0 + c * ps.chunk) * ypitch;
+    if (g.shifted) {
+        each_rows(g, rows, [&](i64 r, int n) {
+            const SpmmFn run = isa.find(op_spmm, 1, n, Lay::shifted).spmm;
+            for (i64 p = 0; p < ps.n_panels; ++p)
+                run({block + r * g.pw, 1, 0, W, ph.off.data(), values + ph.begin, ps.begin(c, p), ps.count(c, p), y + r * g.pw, ypitch, 0, W, bias, p == 0,
+                     nullptr, false, false, ph.classes(), ph.runs_of(ps.begin(c, p)), ph.down.data()});
+        });
+        return;
+    }
     each_tile(ceil_div(flat(g, rows, cols), W), isa.max_spmm, [&](i64 v, int n) {
         const SpmmFn run = isa.find(op_spmm, 1, n, Lay::unit).spmm;
         for (i64 p = 0; p < ps.n_panels; ++p)
@@ -139,24 +166,7 @@ void run_chunk(const Isa& isa, const Gather& g, const Task& k, i64 c, const floa
         for (i64 p = py * g.ostep_x; p < (py + 1) * g.ostep_x; ++p)
             run_phase(isa, g, p, c, rows, block, values, bias, to.y + p * chunk * to.ypitch, to.ypitch, false);
     }
-    to.copy(r1 - r0, k, out + r0 * plane);
-}
-
-// Pixels are taken in the image's own order, so that a vector of the packed channel is a mask and a place to read from.
-void set_expansion(Gather& g) {
-    g.keep.assign(size_t(g.plane / g.width), 0);
-    g.from.assign(g.keep.size(), 0);
-    for (i64 y = 0; y < g.ph; ++y) {
-        const i64 iy = y + g.dy_min;
-        if (iy < 0 || iy >= g.in_h) continue;
-        for (i64 x = 0; x < g.pw; ++x) {
-            const i64 ix = x + g.dx_min, at = y * g.pw + x;
-            if (ix < 0 || ix >= g.in_w) continue;
-            uint16_t& lanes = g.keep[at / g.width];
-            if (!lanes) g.from[at / g.width] = i32(iy * g.in_w + ix);
-            lanes = uint16_t(lanes | 1u << at % g.width);
-        }
-    }
+    for (i64 i = 0; i < k.images; ++i) to.copy(to.y + i * g.slot, r1 - r0, k, out + (i * g.rows + r0) * plane);
 }
 
 // The phase of the input's stride that a tap reads.
@@ -166,20 +176,59 @@ i64 gcd(i64 a, i64 b) { return b ? gcd(b, a % b) : a; }
 
 }  // namespace
 
+// Rows of whole vectors where little of them is lost: a sixth, or a seventh with several images side by side, whose packing takes longer.
+// They share margins, so that a slot is narrower than a row alone. Tiles of few vectors cost more.
+static void choose_shifted(Gather& g) {
+    const i64 reach = (g.dx_max - g.dx_min) / g.istep_x, W = g.width, left = -g.dx_min;
+    if (W != 16 || reach >= W || g.taps == 1 || g.direct) return;
+    const i64 slot = g.steps() > 1 ? g.pw : std::max({std::min(left + g.in_w, g.pw), g.pw - left, g.t_cols}), whole = (g.t_rows + g.dy_max - g.dy_min) * std::max(g.rows, g.channels);
+    const i64 most = g.steps() * g.phases() > 1 ? 1 : g.images;
+    double best = 1e9;
+    for (i64 n = 1; n <= most; ++n) {
+        const i64 pw = round_up(n * slot, W), row = pw / W;
+        const double used = double(n * g.t_cols) / double(pw), cost = (1 + 2. / double(std::min(tile / row, g.t_rows) * row)) / used;
+        if (row > (n > 1 ? 2 : tile) || (n > 1 && whole * pw > l2_floats) || used < (n > 1 ? .87 : .83) || cost > .97 * best) continue;
+        best = cost;
+        g.shifted = true; g.side = n; g.slot = n > 1 ? slot : pw; g.pw = pw;
+    }
+}
+
 // As many output rows at a time as keep the packed block within the L2 cache. A 1x1 kernel needs no packing if blocks are whole vectors.
 void set_planes_block(Gather& g) {
     const i64 span_y = g.dy_max - g.dy_min, span_x = g.dx_max - g.dx_min, whole = g.width / gcd(g.width, std::max<i64>(1, g.out_w));
     g.pw = g.t_cols + span_x / g.istep_x;
-    const i64 row = std::max<i64>(1, g.channels * g.pw * g.steps());
-    g.block = std::clamp<i64>(l2_floats / row - span_y / g.istep_y, 1, std::max<i64>(1, g.t_rows));
     g.direct = g.taps == 1 && g.steps() == 1 && g.phases() == 1 && !g.dy[0] && !g.dx[0] && !span_x && g.out_w == g.in_w && g.out_h == g.in_h && g.t_rows % whole == 0;
+    g.slot = g.pw;
+    choose_shifted(g);
+    g.block = std::clamp<i64>(l2_floats / std::max<i64>(1, g.channels * g.pw * g.steps()) - span_y / g.istep_y, 1, std::max<i64>(1, g.t_rows));
+    if (g.side > 1) g.block = g.t_rows;
     if (g.direct) g.block = std::max(whole, g.block / whole * whole);
     g.ph = g.block + span_y / g.istep_y;
     g.step_plane = round_up(g.ph * g.pw + g.width, g.width);
     g.plane = g.direct ? g.in_h * g.in_w : g.step_plane * g.steps();
     g.used_step.assign(size_t(g.steps()), 0);
     for (i64 t = 0; t < g.taps; ++t) g.used_step[step_of(g, g.dy[t], g.dx[t])] = 1;
-    if (!g.direct && g.steps() == 1 && g.block >= g.t_rows && g.in_w <= g.pw + g.dx_min && g.width <= 16) set_expansion(g);
+}
+
+
+// Pixels are taken in the image's own order, so that a vector of the packed channel is a mask and a place to read from.
+void set_expansion(Gather& g) {
+    if (g.direct || g.steps() > 1 || g.block < g.t_rows || (g.side == 1 && g.in_w > g.pw + g.dx_min) || g.width > 16) return;
+    const i64 vectors = g.plane / g.width;
+    g.keep.assign(size_t(g.side * vectors), 0);
+    g.from.assign(g.keep.size(), 0);
+    for (i64 i = 0; i < g.side; ++i)
+        for (i64 y = 0; y < g.ph; ++y) {
+            const i64 iy = y + g.dy_min;
+            if (iy < 0 || iy >= g.in_h) continue;
+            for (i64 x = 0; x < g.slot; ++x) {
+                const i64 ix = x + g.dx_min, at = y * g.pw + i * g.slot + x;
+                if (ix < 0 || ix >= g.in_w) continue;
+                const i64 v = i * vectors + at / g.width;
+                if (!g.keep[v]) g.from[v] = i32(iy * g.in_w + ix);
+                g.keep[v] = uint16_t(g.keep[v] | 1u << at % g.width);
+            }
+        }
 }
 
 i64 planes_panel(const Gather& g) { return l1_floats / (14 * g.width + (g.dy_max - g.dy_min) / g.istep_y * g.pw + g.width) / g.steps(); }
@@ -187,7 +236,7 @@ i64 planes_panel(const Gather& g) { return l1_floats / (14 * g.width + (g.dy_max
 i64 planes_offset(const Gather& g, i64 dy, i64 dx) {
     if (g.direct) return 0;
     const i64 y = dy - g.dy_min, x = dx - g.dx_min;
-    return step_of(g, dy, dx) * g.step_plane + y / g.istep_y * g.pw + x / g.istep_x;
+    return step_of(g, dy, dx) * g.step_plane + y / g.istep_y * g.pw + (g.shifted ? 0 : x / g.istep_x);
 }
 
 namespace {
@@ -206,30 +255,57 @@ struct Room {
     i64 floats() const { return packed + results + planes; }
 };
 
-void gather_task(const Isa& isa, const Gather& g, const Room& room, i64 task, const float* in, const float* values, const float* bias,
+void gather_task(const Isa& isa, const Gather& g, const Room& room, i64 task, const float* in, i64 n, const float* values, const float* bias,
                  float* own, float* out) {
-    const Task k = task_of(g, task);
+    const Task k = task_of(g, task, n);
     const float* image = in + k.n0 * g.channels * g.in_h * g.in_w;
-    if (!g.direct) pack_block(isa, g, image, k.t0, own);
+    if (!g.direct) pack_block(isa, g, image, k, own);
     const Result to{isa, g, own + room.packed, room.ypitch, own + room.packed + room.results, room.together, room.far};
     for (i64 c = 0; c < g.phase[0].panels.n_chunks; ++c)
         run_chunk(isa, g, k, c, g.direct ? image + k.t0 * g.in_w : own, values, bias, to, out + k.n0 * g.rows * g.out_h * g.out_w);
     if (room.far) isa.fence();
 }
 
+// The values in the order in which they run.
+class Values {
+public:
+    Values(const Isa& isa, const Gather& g, const float* values) : own_(g.shifted ? g.csr->nnz() : 0), data_(g.shifted ? own_.data() : values) {
+        if (g.shifted)
+            for (const Phase& ph : g.phase) isa.gather(values, ph.order.data(), i64(ph.order.size()), own_.data() + ph.begin);
+    }
+    const float* data() const { return data_; }
+private:
+    Scratch own_;
+    const float* data_;
+};
+
+// And their gradient back where it belongs.
+void put_back(const Phase& ph, const float* sums, float* dvalues) {
+    for (size_t k = 0; k < ph.order.size(); ++k) dvalues[ph.order[k]] = sums[k];
+}
+
 }  // namespace
 
 void gather_planes(const Isa& isa, const Gather& g, const float* in, i64 n, const float* values, const float* bias, float* out, int threads) {
     const Room room(g, out, n);
+    const Values in_order(isa, g, values);
+    values = in_order.data();
     Scratch space(room.floats() * threads);
-    parallel_for(n * g.blocks(), threads, [&](i64 task, int slot) {
-        gather_task(isa, g, room, task, in, values, bias, space.data() + slot * room.floats(), out);
+    parallel_for(tasks(g, n), threads, [&](i64 task, int slot) {
+        gather_task(isa, g, room, task, in, n, values, bias, space.data() + slot * room.floats(), out);
     });
 }
 
 // The gradient's rows in the block's pitch, with zeros wherever the products must not count.
 void pack_gradient(const Isa& isa, const Gather& g, const Task& k, const float* dy, float* dst, i64 ypitch) {
     const i64 plane = g.out_h * g.out_w;
+    if (g.side > 1) {
+        std::fill_n(dst, g.rows * ypitch, 0.f);
+        for (i64 i = 0; i < k.images; ++i)
+            for (i64 r = 0; r < g.rows; ++r)
+                isa.crop(dy + ((k.n0 + i) * g.rows + r) * plane, g.out_w, k.t_rows, g.out_w, dst + r * ypitch + i * g.slot, g.pw);
+        return;
+    }
     for (i64 r = 0; r < g.rows; ++r, dst += ypitch) {
         isa.pad(dy + (k.n0 * g.rows + r) * plane + k.t0 * g.out_w, g.out_w, k.t_rows, g.out_w, dst, g.pw, 0);
         std::fill(dst + k.t_rows * g.pw, dst + ypitch, 0.f);
@@ -240,35 +316,50 @@ void pack_gradient(const Isa& isa, const Gather& g, const Task& k, const float* 
 void sample_tiles(const Isa& isa, const Gather& g, const Task& k, const float* block, const float* grad, i64 ypitch, float* dv, bool& add) {
     const i64 W = g.width;
     const Phase& ph = g.phase[0];
+    const Panels& ps = ph.panels;
+    if (g.shifted) {
+        each_rows(g, k.t_rows, [&](i64 r, int n) {
+            const SddmmFn run = isa.find(op_sddmm, 1, n, Lay::shifted).sddmm;
+            for (i64 c = 0; c < ps.n_chunks; ++c)
+                for (i64 p = 0; p < ps.n_panels; ++p)
+                    run({block + r * g.pw, 1, 0, W, ph.off.data(), ps.begin(c, p), ps.count(c, p), grad + r * g.pw - ph.lane, ypitch, 0, dv, add,
+                         ph.classes(), ph.runs_of(ps.begin(c, p)), ph.down.data()});
+            add = true;
+        });
+        return;
+    }
     each_tile(ceil_div(flat(g, k.t_rows, g.out_w), W), isa.max_sddmm, [&](i64 v, int m) {
         const SddmmFn run = isa.find(op_sddmm, 1, m, Lay::unit).sddmm;
-        for (i64 c = 0; c < ph.panels.n_chunks; ++c)
-            for (i64 p = 0; p < ph.panels.n_panels; ++p)
-                run({block + v * W, 1, 0, W, ph.off.data(), ph.panels.begin(c, p), ph.panels.count(c, p), grad + v * W, ypitch, 0, dv, add});
+        for (i64 c = 0; c < ps.n_chunks; ++c)
+            for (i64 p = 0; p < ps.n_panels; ++p)
+                run({block + v * W, 1, 0, W, ph.off.data(), ps.begin(c, p), ps.count(c, p), grad + v * W, ypitch, 0, dv, add});
         add = true;
     });
 }
 
 void sample_planes(const Isa& isa, const Gather& g, const float* x, const float* dy, i64 n, float* dvalues, int threads) {
     const i64 plane = g.out_h * g.out_w, own_pitch = round_up(g.block * g.pw, g.width), ypitch = g.direct ? plane : own_pitch;
-    const i64 packed = g.direct ? 0 : round_up(g.channels * g.plane, 1024), scratch = packed + (g.direct ? 0 : g.rows * own_pitch);
-    Scratch space(scratch * threads);
-    sum_in_parts(isa, n * g.blocks(), g.csr->nnz(), dvalues, threads, [&](i64 task, i64 end, int slot, float* dv) {
+    const i64 packed = g.direct ? 0 : round_up(g.channels * g.plane, 1024) + g.width, scratch = packed + (g.direct ? 0 : g.rows * own_pitch + g.width);
+    Scratch space(scratch * threads), sums(g.shifted ? g.csr->nnz() : 0);
+    sum_in_parts(isa, tasks(g, n), g.csr->nnz(), g.shifted ? sums.data() : dvalues, threads, [&](i64 task, i64 end, int slot, float* dv) {
         float* own = space.data() + slot * scratch;
+        if (!g.direct) std::fill_n(own + packed - g.width, g.width, 0.f);   // what lies before the first row
         for (bool add = false; task < end; ++task) {
-            const Task k = task_of(g, task);
+            const Task k = task_of(g, task, n);
             const float *image = x + k.n0 * g.channels * g.in_h * g.in_w, *block = own, *grad = own + packed;
             if (g.direct) { block = image + k.t0 * g.in_w; grad = dy + k.n0 * g.rows * plane + k.t0 * g.out_w; }
-            else { pack_block(isa, g, image, k.t0, own); pack_gradient(isa, g, k, dy, own + packed, ypitch); }
+            else { pack_block(isa, g, image, k, own); pack_gradient(isa, g, k, dy, own + packed, ypitch); }
             sample_tiles(isa, g, k, block, grad, ypitch, dv, add);
         }
     });
+    if (g.shifted) put_back(g.phase[0], sums.data(), dvalues);
 }
 
 // Whether the input gradient's packed dy is what the weight gradient needs: same pitch, zeros between the rows, whole images,
 // and every pixel of dy (a kernel that no pixel of the input reaches leaves some out).
 bool shares_gradient(const Gather& f, const Gather& b) {
-    if (!f.planes || !b.planes || f.steps() > 1) return false;
+    if (!f.planes || !b.planes || f.steps() > 1 || f.shifted != b.shifted || f.side != b.side || (f.shifted && f.slot != b.slot)) return false;
+    if (f.shifted && -b.dy_min * b.pw - b.dx_min < f.dx_max - f.dx_min) return false;   // a row of dy and what comes before it
     const bool whole = b.dy_min <= 0 && b.dx_min <= 0 && b.dy_min + b.ph >= f.out_h && b.dx_min + b.pw >= f.out_w;
     return (f.direct && b.direct) || (!f.direct && !b.direct && f.blocks() == 1 && b.blocks() == 1 && f.pw == b.pw && whole);
 }
@@ -277,21 +368,24 @@ bool shares_gradient(const Gather& f, const Gather& b) {
 void backward_planes(const Isa& isa, const Gather& f, const Gather& b, const float* x, const float* dy, i64 n, const float* values,
                      float* dx, float* dvalues, int threads) {
     const Room room(b, dx, n);
-    const i64 packed = f.direct ? 0 : round_up(f.channels * f.plane, 1024), scratch = packed + room.floats();
+    const i64 packed = f.direct ? 0 : round_up(f.channels * f.plane, 1024), scratch = packed + room.floats() + b.width;
     const i64 origin = f.direct ? 0 : -b.dy_min * b.pw - b.dx_min, ypitch = f.direct ? f.out_h * f.out_w : b.plane;
-    Scratch space(scratch * threads);
-    sum_in_parts(isa, n, f.csr->nnz(), dvalues, threads, [&](i64 i, i64 end, int slot, float* dv) {
+    Scratch space(scratch * threads), sums(f.shifted ? f.csr->nnz() : 0);
+    const Values in_order(isa, b, values);
+    values = in_order.data();
+    sum_in_parts(isa, ceil_div(n, f.side), f.csr->nnz(), f.shifted ? sums.data() : dvalues, threads, [&](i64 i, i64 end, int slot, float* dv) {
         float *xp = space.data() + slot * scratch, *own = xp + packed;
         for (bool add = false; i < end; ++i) {
-            const float *image = x + i * f.channels * f.in_h * f.in_w, *grad = dy + i * f.rows * f.out_h * f.out_w;
-            for (i64 t = 0; t < b.blocks(); ++t) gather_task(isa, b, room, i * b.blocks() + t, dy, values, nullptr, own, dx);
-            if (!f.direct) pack_block(isa, f, image, 0, xp);
+            const float *image = x + i * f.side * f.channels * f.in_h * f.in_w, *grad = dy + i * f.side * f.rows * f.out_h * f.out_w;
+            for (i64 t = 0; t < b.blocks(); ++t) gather_task(isa, b, room, i * b.blocks() + t, dy, n, values, nullptr, own, dx);
+            if (!f.direct) pack_block(isa, f, image, task_of(f, i * f.blocks(), n), xp);
             for (i64 t = 0; t < f.blocks(); ++t) {
-                const Task k = task_of(f, i * f.blocks() + t);
+                const Task k = task_of(f, i * f.blocks() + t, n);
                 sample_tiles(isa, f, k, f.direct ? image + k.t0 * f.in_w : xp, f.direct ? grad + k.t0 * f.out_w : own + origin, ypitch, dv, add);
             }
         }
     });
+    if (f.shifted) put_back(f.phase[0], sums.data(), dvalues);
 }
 
 }  // namespace fastsparse

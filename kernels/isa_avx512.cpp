@@ -41,11 +41,16 @@ struct V {
     static void stream(float* p, V a) { _mm512_stream_ps(p, a.v); }
     // Lanes of a (0 to 15) and b (16 to 31) in any order
     static V pick(V a, V b, __m512i lanes) { return {_mm512_permutex2var_ps(a.v, lanes, b.v)}; }
+    // Lanes n.. of a, then b
+    static V from(V a, V b, i32 n) {
+        return pick(a, b, _mm512_add_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_epi32(n)));
+    }
     static V even(V a, V b) { return pick(a, b, _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30)); }
     static V odd(V a, V b) { return pick(a, b, _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31)); }
     static V zip_low(V a, V b) { return pick(a, b, _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23)); }
     static V zip_high(V a, V b) { return pick(a, b, _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)); }
     static V expand(const float* p, uint16_t lanes) { return {_mm512_maskz_expandloadu_ps(lanes, p)}; }
+    static void store_lanes(float* p, V a, uint16_t lanes) { _mm512_mask_storeu_ps(p, lanes, a.v); }
     static V last(V a, const float* p, i64 n) { return {_mm512_mask_loadu_ps(a.v, __mmask16(~first(W - n)), p)}; }
     // best and won become v and place in the lanes where v is larger, or NaN.
     static void keep_larger(V v, V place, V& best, V& won) {

@@ -182,6 +182,86 @@ template <int TR, int TC, Lay LAY> static void sddmm(const SddmmArgs& a) {
     }
 }
 
+#ifdef FS_MASKS
+// Convolutions whose rows are whole vectors. A nonzero's distance is seldom one of whole vectors, but its load is aligned all the same:
+// those that read the farthest lane come first, and what they sum up to moves down as a whole before those of the next lane are added.
+// Only lanes that nobody wants miss what would have moved in at the tile's end.
+template <int N> static void spmm_shifted(const SpmmArgs& a) {
+    constexpr int W = V::W;
+    const float *x = a.x, *bias = a.first ? a.bias : nullptr, *values = a.val;
+    const i32 *indices = static_cast<const i32*>(a.idx), *runs = a.runs, *down = a.down;
+    const i64 ypitch = a.ypitch;
+    const int classes = a.classes;
+    const bool first = a.first;
+    float* out = a.y;
+    for (const Seg *s = a.segs, *e = s + a.nseg; s != e; ++s, runs += classes) {
+        const i32* idx = indices + s->start;
+        const float* val = values + s->start;
+        V acc[N];
+#pragma GCC unroll 16
+        for (int i = 0; i < N; ++i) acc[i] = V::zero();
+        i64 k = 0;
+        for (int c = 0; c < classes; ++c) {
+            for (const i64 end = k + runs[c]; k < end; ++k) {
+                const V b = V::set1(val[k]);
+                const float* p = address(x + idx[k]);
+#pragma GCC unroll 16
+                for (int i = 0; i < N; ++i) acc[i] = V::fma(b, V::load(p + i * W), acc[i]);
+            }
+            if (k && down[c])
+#pragma GCC unroll 16
+                for (int i = 0; i < N; ++i) acc[i] = V::from(acc[i], i + 1 < N ? acc[i + 1] : V::zero(), down[c]);
+        }
+        float* y = const_cast<float*>(address(out + s->row * ypitch));
+        const V init = bias ? V::set1(bias[s->row]) : V::zero();
+#pragma GCC unroll 16
+        for (int i = 0; i < N; ++i) V::store(y + i * W, V::add(acc[i], first ? init : V::load(y + i * W)));
+    }
+}
+
+// The gradient's tile, as the first class wants it, moves down from class to class. Sums come in the order in which they belong.
+template <int N> static void sddmm_shifted(const SddmmArgs& a) {
+    constexpr int W = V::W;
+    if (!a.nseg) return;
+    const float *x = a.x, *dy = a.y;
+    const i32 *idx = static_cast<const i32*>(a.idx) + a.segs->start, *runs = a.runs, *down = a.down;
+    const i64 ypitch = a.ypitch;
+    const int classes = a.classes;
+    const bool add = a.add;
+    float* dv = a.dv + a.segs->start;
+    alignas(64) float products[W * W], buf[Reducer::floats], sums[W];
+    int fill = 0;
+    const auto reduce = [&](i64 n) {
+        Reducer reducer(buf, sums);
+        for (const float* p = products; p < products + W * W; p += 4 * W)
+            reducer.put(V::load(p), V::load(p + W), V::load(p + 2 * W), V::load(p + 3 * W));
+        copy_run(sums, n, dv, add);
+        dv += n;
+        fill = 0;
+    };
+    for (const Seg *s = a.segs, *e = s + a.nseg; s != e; ++s, runs += classes) {
+        const float* y = address(dy + s->row * ypitch);
+        V g[N + 1];
+#pragma GCC unroll 17
+        for (int i = 0; i <= N; ++i) g[i] = V::load(y + i * W);
+        for (int c = 0; c < classes; ++c) {
+            if (c)
+#pragma GCC unroll 17
+                for (int i = 0; i <= N; ++i) g[i] = V::from(g[i], i < N ? g[i + 1] : V::zero(), down[c - 1]);
+            for (const i32* end = idx + runs[c]; idx < end; ++idx) {
+                const float* p = address(x + *idx);
+                V acc = V::mul(g[0], V::load(p));
+#pragma GCC unroll 16
+                for (int i = 1; i < N; ++i) acc = V::fma(g[i], V::load(p + i * W), acc);
+                V::store(products + fill * W, acc);
+                if (++fill == W) reduce(W);
+            }
+        }
+    }
+    if (fill) reduce(fill);
+}
+#endif
+
 // A W x W block at s, transposed; lanes beyond nr rows and nc columns are zero.
 static inline void load_block(const float* s, i64 pitch, i64 nr, i64 nc, V* t) {
     if (nr == V::W && nc == V::W) { V::load_transposed(s, pitch, t); return; }
@@ -345,8 +425,11 @@ static void stream(const float* src, i64 n, float* dst) {
 static void fence() { V::fence(); }
 
 #ifdef FS_MASKS
-static void expand(const float* src, const i32* at, const uint16_t* keep, i64 n, float* dst) {
-    for (i64 i = 0; i < n; ++i) V::store(dst + i * V::W, V::expand(src + at[i], keep[i]));
+static void expand(const float* src, const i32* at, const uint16_t* keep, i64 n, bool more, float* dst) {
+    if (more)
+        for (i64 i = 0; i < n; ++i) V::store_lanes(dst + i * V::W, V::expand(src + at[i], keep[i]), keep[i]);
+    else
+        for (i64 i = 0; i < n; ++i) V::store(dst + i * V::W, V::expand(src + at[i], keep[i]));
 }
 
 // Every vector of dst lies within two rows of src: lanes past the end of the first come from the second.
@@ -543,6 +626,13 @@ template <int TR, int TC, Lay LAY> struct Make {
     static constexpr Kernel spmm(const char* dt) { return {"spmm", dt, TR, TC, LAY, &FS_NS::spmm<TR, TC, LAY>, nullptr}; }
     static constexpr Kernel sddmm(const char* dt) { return {"sddmm", dt, TR, TC, LAY, nullptr, &FS_NS::sddmm<TR, TC, LAY>}; }
 };
+
+#ifdef FS_MASKS
+template <int N> struct Make<1, N, Lay::shifted> {
+    static constexpr Kernel spmm(const char* dt) { return {"spmm", dt, 1, N, Lay::shifted, &spmm_shifted<N>, nullptr}; }
+    static constexpr Kernel sddmm(const char* dt) { return {"sddmm", dt, 1, N, Lay::shifted, nullptr, &sddmm_shifted<N>}; }
+};
+#endif
 
 static constexpr Kernel table[] = {
 #define KERNEL(op, dtype, tr, tc, lay) Make<tr, tc, Lay::lay>::op(#dtype),

@@ -139,7 +139,7 @@ public:
     void backward_weight(const float* x, const float* dy, i64 n, i64 h, i64 w, float* dvalues, int threads) const;
     void backward(const float* x, const float* dy, i64 n, i64 h, i64 w, const float* values, float* dx, float* dvalues, int threads) const;
 private:
-    std::shared_ptr<const Gather> gather(bool backward, i64 h, i64 w, int width, bool planes) const;
+    std::shared_ptr<const Gather> gather(bool backward, i64 n, i64 h, i64 w, int width, bool planes) const;
     ConvShape s_;
     Layout layout_;
     Csr w_, wt_;                      // wt_ rows are (phase, input channel)

@@ -491,9 +491,10 @@ def test_an_isa_that_is_missing_is_a_clear_error():
 
 def test_every_kernel_is_in_the_table():
     t = K.kernel_table()
-    assert {k['isa'] for k in t} == set(isas) and {k['lay'] for k in t} == {'packed', 'unit', 'strided'}
-    per = {i: sum(k['isa'] == i for k in t) for i in isas}
+    assert {k['isa'] for k in t} == set(isas) and {k['lay'] for k in t} - {'shifted'} == {'packed', 'unit', 'strided'}
+    per = {i: sum(k['isa'] == i and k['lay'] != 'shifted' for k in t) for i in isas}
     assert len(set(per.values())) == 1
+    assert {k['isa'] for k in t if k['lay'] == 'shifted'} <= {'avx512'}
 
 @pytest.mark.parametrize('stride', [1, 2])
 @pytest.mark.parametrize('tile', sorted({k['tile'] for k in K.kernel_table()}))
@@ -501,6 +502,23 @@ def test_every_tile(isa, tile, stride):
     "An image as wide and as high as the tile, so that each kernel of the table runs"
     h, w = tile
     check_conv(np.random.default_rng(13), 20, stride*h, stride*w, 5, 6, (1, 1), .4, (stride, stride))
+
+@pytest.mark.parametrize('vectors', range(1, 17))
+def test_every_tile_of_whole_rows(isa, vectors):
+    "So many rows of 14 pixels, a vector each with AVX-512, and rows of so many vectors"
+    rng = np.random.default_rng(14)
+    check_conv(rng, 5, vectors, 14, 6, 70, (3, 3), .3, padding=(1,)*4, layout='planes')
+    check_conv(rng, 2, 5, 16*vectors - 3, 3, 4, (3, 3), .5, padding=(1,)*4, layout='planes')
+
+@pytest.mark.parametrize('n', [1, 2, 3, 4, 7])
+@pytest.mark.parametrize('k,padding,dilation,stride', [
+    ((3, 3), (1,)*4, (1, 1), (1, 1)), ((3, 3), (0,)*4, (1, 1), (1, 1)), ((1, 3), (0, 0, 1, 1), (1, 1), (1, 1)), ((5, 5), (2, 2, 0, 4), (1, 1), (1, 1)),
+    ((3, 3), (2,)*4, (2, 2), (1, 1)), ((3, 1), (1, 1, 0, 0), (1, 1), (1, 1)), ((3, 3), (1, 1, 3, 0), (1, 1), (1, 1)), ((4, 3), (1,)*4, (1, 2), (1, 2))])
+def test_rows_of_whole_vectors(isa, n, k, padding, dilation, stride):
+    "Widths at which, with AVX-512, several images lie side by side, one fits exactly, or pixels have to be left out"
+    for w in (6, 7, 13, 14, 15, 28, 30):
+        rng = np.random.default_rng(w)
+        check_conv(rng, n, 9, w, 10, 66, k, .1, padding=padding, dilation=dilation, stride=stride, groups=2, layout='planes')
 
 # Wrong arguments
 
