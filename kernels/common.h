@@ -98,8 +98,9 @@ struct Isa {
     void (*zip)(const float* a, const float* b, i64 src_pitch, i64 rows, i64 n, float* dst, i64 dst_pitch);
     void (*stream)(const float* src, i64 n, float* dst);                       // a copy past the caches
     void (*fence)();                                                           // after all that went past them
-    // dst[i*W + lane] = the next float from src + at[i] for each lane in keep[i]; the others are zero, or stay as they are if `more`; null where slow
-    void (*expand)(const float* src, const i32* at, const uint16_t* keep, i64 n, bool more, float* dst);
+    // For each of the planes dst[i*W + lane] = the next float from src + at[i] for each lane in keep[i]; the others are zero, or stay as they
+    // are if `more`. Null where slow
+    void (*expand)(const float* const* src, int planes, const i32* at, const uint16_t* keep, i64 n, bool more, float* const* dst);
     // crop to rows that follow each other, past the caches, for at least a vector of columns; null where slow
     void (*crop_stream)(const float* src, i64 src_pitch, i64 rows, i64 cols, float* dst);
     // Batch normalisation, float by float; s1 and s2 collect, all others hold a channel's number for each of its floats.

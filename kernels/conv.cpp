@@ -83,7 +83,7 @@ void set_direction(Gather& g, const ConvShape& s) {
 
 // Channels in a panel: those that fit the L1 cache, or more if a row would have too few nonzeros in them.
 i64 panel_channels(const Gather& g) {
-    constexpr double few = 12;
+    const double few = g.shifted ? 20 : 12;
     const double per_channel = double(g.csr->nnz()) / std::max(1., double(g.rows) * double(g.channels));
     const i64 fits = std::max<i64>(1, g.planes ? planes_panel(g) : batch_panel(g));
     return std::min(std::max<i64>(1, g.channels), std::max(fits, i64(std::min(few / std::max(per_channel, 1e-9), 1e9))));

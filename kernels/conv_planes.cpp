@@ -8,7 +8,7 @@
 namespace fastsparse {
 namespace {
 
-constexpr i64 l1_floats = 9 * 1024, l2_floats = 256 * 1024;
+constexpr i64 l2_floats = 256 * 1024, most_packed = 160 * 1024;
 constexpr i64 tile = 16;   // vectors of a tile of whole rows, at most
 
 // Pixels from the first to the last of n rows, in the pitch of the packed block.
@@ -50,17 +50,25 @@ Task task_of(const Gather& g, i64 task, i64 n) {
     return {n0, std::min(g.side, n - n0), t0, std::min(g.block, g.t_rows - t0)};
 }
 
-// Images side by side.
-void pack_images(const Isa& isa, const Gather& g, const float* in, i64 images, float* block) {
-    const i64 n = g.plane / g.width, plane = g.in_h * g.in_w;
-    for (i64 c = 0; c < g.channels; ++c)
-        for (i64 i = 0; g.used[c] && i < images; ++i)
-            isa.expand(in + (i * g.channels + c) * plane, g.from.data() + i * n, g.keep.data() + i * n, n, i > 0, block + c * g.plane);
+// Channels of images side by side, by the part of the tables that is this block's.
+void pack_images(const Isa& isa, const Gather& g, const float* in, const Task& k, float* block) {
+    const i64 all = i64(g.keep.size()) / g.side, first = k.t0 * g.pw / g.width, n = std::min(g.plane / g.width, all - first), plane = g.in_h * g.in_w;
+    const int most = plane < 2048 ? 1 : 4;   // large planes come faster four at a time
+    for (i64 c = 0; c < g.channels;) {
+        const float* src[4]; float* dst[4];
+        int m = 0;
+        for (; c < g.channels && m < most; ++c)
+            if (g.used[c]) { src[m] = in + c * plane; dst[m++] = block + c * g.plane; }
+        for (i64 i = 0; i < k.images; ++i) {
+            isa.expand(src, m, g.from.data() + i * all + first, g.keep.data() + i * all + first, n, i > 0, dst);
+            for (int j = 0; j < m; ++j) src[j] += g.channels * plane;
+        }
+    }
 }
 
 // in[channel, y, x] -> block[channel, phase, row, column], for the rows that outputs t0.. need.
 void pack_block(const Isa& isa, const Gather& g, const float* in, const Task& k, float* block) {
-    if (isa.expand && !g.keep.empty()) return pack_images(isa, g, in, k.images, block);
+    if (isa.expand && !g.keep.empty()) return pack_images(isa, g, in, k, block);
     for (i64 c = 0; c < g.channels; ++c)
         if (g.used[c]) (g.steps() == 1 && g.pw + g.dx_min > 0 ? pack_plain : pack_strided)(isa, g, in + c * g.in_h * g.in_w, k.t0, block + c * g.plane);
 }
@@ -201,7 +209,11 @@ void set_planes_block(Gather& g) {
     g.slot = g.pw;
     choose_shifted(g);
     g.block = std::clamp<i64>(l2_floats / std::max<i64>(1, g.channels * g.pw * g.steps()) - span_y / g.istep_y, 1, std::max<i64>(1, g.t_rows));
-    if (g.side > 1) g.block = g.t_rows;
+    if (g.shifted && g.steps() * g.phases() == 1) {
+        // Half of the cache is for results, and backward wants the same blocks. Several images have one.
+        const i64 rows = std::max<i64>(1, most_packed / (std::max(g.rows, g.channels) * g.pw) - span_y);
+        g.block = g.side > 1 ? g.t_rows : ceil_div(g.t_rows, ceil_div(g.t_rows, rows));
+    }
     if (g.direct) g.block = std::max(whole, g.block / whole * whole);
     g.ph = g.block + span_y / g.istep_y;
     g.step_plane = round_up(g.ph * g.pw + g.width, g.width);
@@ -213,12 +225,12 @@ void set_planes_block(Gather& g) {
 
 // Pixels are taken in the image's own order, so that a vector of the packed channel is a mask and a place to read from.
 void set_expansion(Gather& g) {
-    if (g.direct || g.steps() > 1 || g.block < g.t_rows || (g.side == 1 && g.in_w > g.pw + g.dx_min) || g.width > 16) return;
-    const i64 vectors = g.plane / g.width;
+    if (g.direct || g.steps() > 1 || g.width > 16 || (!g.shifted && (g.block < g.t_rows || g.in_w > g.pw + g.dx_min))) return;
+    const i64 rows = g.blocks() * g.block + g.dy_max - g.dy_min, vectors = g.shifted ? rows * g.pw / g.width : g.plane / g.width;
     g.keep.assign(size_t(g.side * vectors), 0);
     g.from.assign(g.keep.size(), 0);
     for (i64 i = 0; i < g.side; ++i)
-        for (i64 y = 0; y < g.ph; ++y) {
+        for (i64 y = 0; y < rows; ++y) {
             const i64 iy = y + g.dy_min;
             if (iy < 0 || iy >= g.in_h) continue;
             for (i64 x = 0; x < g.slot; ++x) {
@@ -231,7 +243,7 @@ void set_expansion(Gather& g) {
         }
 }
 
-i64 planes_panel(const Gather& g) { return l1_floats / (14 * g.width + (g.dy_max - g.dy_min) / g.istep_y * g.pw + g.width) / g.steps(); }
+i64 planes_panel(const Gather& g) { return (g.shifted ? 11 : 9) * 1024 / (14 * g.width + (g.dy_max - g.dy_min) / g.istep_y * g.pw + g.width) / g.steps(); }
 
 i64 planes_offset(const Gather& g, i64 dy, i64 dx) {
     if (g.direct) return 0;
@@ -360,8 +372,9 @@ void sample_planes(const Isa& isa, const Gather& g, const float* x, const float*
 bool shares_gradient(const Gather& f, const Gather& b) {
     if (!f.planes || !b.planes || f.steps() > 1 || f.shifted != b.shifted || f.side != b.side || (f.shifted && f.slot != b.slot)) return false;
     if (f.shifted && -b.dy_min * b.pw - b.dx_min < f.dx_max - f.dx_min) return false;   // a row of dy and what comes before it
-    const bool whole = b.dy_min <= 0 && b.dx_min <= 0 && b.dy_min + b.ph >= f.out_h && b.dx_min + b.pw >= f.out_w;
-    return (f.direct && b.direct) || (!f.direct && !b.direct && f.blocks() == 1 && b.blocks() == 1 && f.pw == b.pw && whole);
+    const bool whole = b.dy_min <= 0 && b.dx_min <= 0 && b.dy_min + b.ph >= f.block && b.dx_min + b.pw >= f.out_w;
+    const bool blocks = f.shifted ? f.block == b.block && f.t_rows == b.t_rows : f.blocks() == 1 && b.blocks() == 1;
+    return (f.direct && b.direct) || (!f.direct && !b.direct && blocks && f.pw == b.pw && whole);
 }
 
 // Both gradients image by image, so that dy is read and packed once.
@@ -377,10 +390,14 @@ void backward_planes(const Isa& isa, const Gather& f, const Gather& b, const flo
         float *xp = space.data() + slot * scratch, *own = xp + packed;
         for (bool add = false; i < end; ++i) {
             const float *image = x + i * f.side * f.channels * f.in_h * f.in_w, *grad = dy + i * f.side * f.rows * f.out_h * f.out_w;
-            for (i64 t = 0; t < b.blocks(); ++t) gather_task(isa, b, room, i * b.blocks() + t, dy, n, values, nullptr, own, dx);
-            if (!f.direct) pack_block(isa, f, image, task_of(f, i * f.blocks(), n), xp);
+            if (f.direct)
+                for (i64 t = 0; t < b.blocks(); ++t) gather_task(isa, b, room, i * b.blocks() + t, dy, n, values, nullptr, own, dx);
             for (i64 t = 0; t < f.blocks(); ++t) {
                 const Task k = task_of(f, i * f.blocks() + t, n);
+                if (!f.direct) {
+                    gather_task(isa, b, room, i * b.blocks() + t, dy, n, values, nullptr, own, dx);
+                    pack_block(isa, f, image, k, xp);
+                }
                 sample_tiles(isa, f, k, f.direct ? image + k.t0 * f.in_w : xp, f.direct ? grad + k.t0 * f.out_w : own + origin, ypitch, dv, add);
             }
         }

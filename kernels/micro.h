@@ -425,11 +425,19 @@ static void stream(const float* src, i64 n, float* dst) {
 static void fence() { V::fence(); }
 
 #ifdef FS_MASKS
-static void expand(const float* src, const i32* at, const uint16_t* keep, i64 n, bool more, float* dst) {
-    if (more)
-        for (i64 i = 0; i < n; ++i) V::store_lanes(dst + i * V::W, V::expand(src + at[i], keep[i]), keep[i]);
-    else
-        for (i64 i = 0; i < n; ++i) V::store(dst + i * V::W, V::expand(src + at[i], keep[i]));
+static void expand(const float* const* src, int planes, const i32* at, const uint16_t* keep, i64 n, bool more, float* const* dst) {
+    if (planes == 4 && !more) {
+        for (i64 i = 0; i < n; ++i)
+#pragma GCC unroll 4
+            for (int p = 0; p < 4; ++p) V::store(dst[p] + i * V::W, V::expand(src[p] + at[i], keep[i]));
+        return;
+    }
+    for (int p = 0; p < planes; ++p)
+        for (i64 i = 0; i < n; ++i) {
+            const V v = V::expand(src[p] + at[i], keep[i]);
+            if (more) V::store_lanes(dst[p] + i * V::W, v, keep[i]);
+            else V::store(dst[p] + i * V::W, v);
+        }
 }
 
 // Every vector of dst lies within two rows of src: lanes past the end of the first come from the second.
