@@ -385,13 +385,17 @@ static inline V window(const float* src, i64 at, i64 n) {
 
 static void unzip(const float* src, i64 src_pitch, i64 rows, i64 cols, i64 first, float* even, float* odd, i64 dst_pitch) {
     constexpr int W = V::W;
-    for (i64 r = 0; r < rows; ++r, src += src_pitch, even += dst_pitch, odd += dst_pitch)
-        for (i64 j = 0; j < dst_pitch; j += W) {
-            const i64 at = first + 2 * j;
-            const V a = window(src, at, cols), b = window(src, at + W, cols);
-            V::store(even + j, V::even(a, b));
-            V::store(odd + j, V::odd(a, b));
-        }
+    const auto vector = [&](i64 r, i64 j) {
+        const i64 at = first + 2 * j;
+        const V a = window(src + r * src_pitch, at, cols), b = window(src + r * src_pitch, at + W, cols);
+        V::store(even + r * dst_pitch + j, V::even(a, b));
+        V::store(odd + r * dst_pitch + j, V::odd(a, b));
+    };
+    if (dst_pitch == W)
+        for (i64 r = 0; r < rows; ++r) vector(r, 0);
+    else
+        for (i64 r = 0; r < rows; ++r)
+            for (i64 j = 0; j < dst_pitch; j += W) vector(r, j);
 }
 
 // dst[j*step] = src[j]
