@@ -23,6 +23,9 @@ struct Seg { uint32_t start; i32 row, n; };
 // into classes, after each of which the sums move some lanes down.
 enum class Lay { packed, unit, strided, shifted };
 
+// For shifted: how many classes there are, each segment's entries in each of them, and the lanes by which sums move down after it, at most a vector.
+struct Classes { i64 n = 0; const i32 *runs = nullptr, *down = nullptr; };
+
 // y[row, tile] (+)= sum_k val[k] * x[idx[k]*scale + tile], a tile being TR x TC vectors kept in registers.
 struct SpmmArgs {
     const float* x; i64 scale;        // packed input; one index unit is `scale` floats
@@ -35,8 +38,7 @@ struct SpmmArgs {
     const uint32_t* perm = nullptr;   // where the values are in val, unless at k itself
     bool half = false;                // sum in the order of a tile twice as wide, of which this is one half
     bool stream = false;              // results go past the caches, y being aligned to vectors; a fence is the caller's business
-    int classes = 0;                  // shifted: the classes of nonzeros, how many of each segment there are in each of them,
-    const i32 *runs = nullptr, *down = nullptr;  // and by how many lanes the sums move down after it (at most a vector)
+    Classes classes{};
 };
 
 // dv[k] (+)= sum over the tile of y[row, tile] * x[idx[k]*scale + tile].
@@ -47,8 +49,7 @@ struct SddmmArgs {
     const Seg* segs; i64 nseg;
     const float* y; i64 ypitch, yrow;  // neighbouring tile columns are neighbours
     float* dv; bool add;
-    int classes = 0;                   // shifted: as above; y is where the first class reads it, and then moves down
-    const i32 *runs = nullptr, *down = nullptr;
+    Classes classes{};                 // y is where the first class reads it, and then moves down
 };
 
 using SpmmFn = void (*)(const SpmmArgs&);

@@ -13,8 +13,7 @@ struct Phase {
     i32 lane = 0;                      // of the first class
     std::vector<uint32_t> order;       // where the values are, in the order in which they run
     i64 begin = 0;                     // of this phase among all values in that order
-    int classes() const { return int(down.size()); }
-    const i32* runs_of(const Seg* s) const { return runs.data() + (s - panels.segs.data()) * classes(); }
+    Classes classes_of(const Seg* s) const { return {i64(down.size()), runs.data() + (s - panels.segs.data()) * i64(down.size()), down.data()}; }
     const uint32_t* perm() const { return panels.perm.empty() ? nullptr : panels.perm.data(); }
 };
 
@@ -49,7 +48,7 @@ struct Gather {
     std::vector<char> used;            // channels with a nonzero
     i64 phases() const { return ostep_y * ostep_x; }
     i64 steps() const { return istep_y * istep_x; }
-    i64 row_chunk() const { return rows < 64 ? rows : 64; }
+    i64 row_chunk() const { return rows < 1 ? 1 : rows < 64 ? rows : 64; }
     i64 blocks() const { return ceil_div(t_rows, block); }
 };
 

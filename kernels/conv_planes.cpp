@@ -11,7 +11,7 @@ namespace {
 constexpr i64 l2_floats = 256 * 1024, most_packed = 160 * 1024;
 constexpr i64 tile = 16;   // vectors of a tile of whole rows, at most
 
-// Pixels from the first to the last of n rows, in the pitch of the packed block.
+// Pixels from the first to the last of n rows, in the pitch of the packed block; to the last one's end if shifted.
 i64 flat(const Gather& g, i64 rows, i64 cols) { return g.shifted ? rows * g.pw : (rows - 1) * g.pw + cols; }
 
 // A channel's phases of the stride, those of one row phase after each other.
@@ -98,18 +98,18 @@ struct Result {
     bool far;                          // too large for the caches
 
     // out[row, t*ostep + py, x*ostep + px] = y[py, px, row, t, x] for a chunk of so many rows
-    void copy(const float* y, i64 rows, const Task& k, float* out) const {
+    void copy(const float* from, i64 rows, const Task& k, float* out) const {
         const i64 height = std::min(k.t_rows * g.ostep_y, g.out_h - k.t0 * g.ostep_y), floats = height * g.out_w, plane = g.out_h * g.out_w;
         out += k.t0 * g.ostep_y * g.out_w;
         if (far && g.phases() == 1 && isa.crop_stream && g.out_w >= g.width && floats % g.width == 0 && k.t0 * g.out_w % g.width == 0) {
-            for (i64 r = 0; r < rows; ++r) isa.crop_stream(y + r * ypitch, g.pw, height, g.out_w, out + r * plane);
+            for (i64 r = 0; r < rows; ++r) isa.crop_stream(from + r * ypitch, g.pw, height, g.out_w, out + r * plane);
             return;
         }
         for (i64 r = 0; r < rows; r += together) {
             const i64 n = std::min(together, rows - r);
             for (i64 i = 0; i < n; ++i)
                 for (i64 py = 0; py < g.ostep_y; ++py)
-                    merge(y + (r + i) * ypitch, py, ceil_div(height - py, g.ostep_y), far ? planes + i * floats : out + (r + i) * plane);
+                    merge(from + (r + i) * ypitch, py, ceil_div(height - py, g.ostep_y), far ? planes + i * floats : out + (r + i) * plane);
             if (far) isa.stream(planes, n * floats, out + r * plane);
         }
     }
@@ -151,7 +151,7 @@ void run_phase(const Isa& isa, const Gather& g, i64 phase, i64 c, i64 rows, cons
             const SpmmFn run = isa.find(op_spmm, 1, n, Lay::shifted).spmm;
             for (i64 p = 0; p < ps.n_panels; ++p)
                 run({block + r * g.pw, 1, 0, W, ph.off.data(), values + ph.begin, ps.begin(c, p), ps.count(c, p), y + r * g.pw, ypitch, 0, W, bias, p == 0,
-                     nullptr, false, false, ph.classes(), ph.runs_of(ps.begin(c, p)), ph.down.data()});
+                     nullptr, false, false, ph.classes_of(ps.begin(c, p))});
         });
         return;
     }
@@ -182,24 +182,25 @@ i64 step_of(const Gather& g, i64 dy, i64 dx) { return (dy - g.dy_min) % g.istep_
 
 i64 gcd(i64 a, i64 b) { return b ? gcd(b, a % b) : a; }
 
-}  // namespace
-
-// Rows of whole vectors where little of them is lost: a sixth, or a seventh with several images side by side, whose packing takes longer.
-// They share margins, so that a slot is narrower than a row alone. Tiles of few vectors cost more.
-static void choose_shifted(Gather& g) {
+// Rows of whole vectors where little of them is lost: a sixth, or an eighth with several images side by side, whose packing takes longer.
+// Those share margins, so that a slot is narrower than a row alone. Tiles of few vectors cost more. Vectors of 16 are AVX-512's, which has the kernels.
+void choose_shifted(Gather& g) {
     const i64 reach = (g.dx_max - g.dx_min) / g.istep_x, W = g.width, left = -g.dx_min;
-    if (W != 16 || reach >= W || g.taps == 1 || g.direct) return;
-    const i64 slot = g.steps() > 1 ? g.pw : std::max({std::min(left + g.in_w, g.pw), g.pw - left, g.t_cols}), whole = (g.t_rows + g.dy_max - g.dy_min) * std::max(g.rows, g.channels);
-    const i64 most = g.steps() * g.phases() > 1 ? 1 : g.images;
+    if (W != 16 || reach >= W || g.taps == 1) return;
+    const i64 slot = g.steps() > 1 ? g.pw : std::max({std::min(left + g.in_w, g.pw), g.pw - left, g.t_cols});
+    const i64 image = (g.t_rows + g.dy_max - g.dy_min) * std::max(g.rows, g.channels), most = g.steps() * g.phases() > 1 ? 1 : g.images;
     double best = 1e9;
     for (i64 n = 1; n <= most; ++n) {
         const i64 pw = round_up(n * slot, W), row = pw / W;
         const double used = double(n * g.t_cols) / double(pw), cost = (1 + 2. / double(std::min(tile / row, g.t_rows) * row)) / used;
-        if (row > (n > 1 ? 2 : tile) || (n > 1 && whole * pw > l2_floats) || used < (n > 1 ? .87 : .83) || cost > .97 * best) continue;
+        if (n > 1 ? row > 2 || used < .87 || image * pw > l2_floats : row > tile || used < .83) continue;
+        if (cost > .97 * best) continue;
         best = cost;
         g.shifted = true; g.side = n; g.slot = n > 1 ? slot : pw; g.pw = pw;
     }
 }
+
+}  // namespace
 
 // As many output rows at a time as keep the packed block within the L2 cache. A 1x1 kernel needs no packing if blocks are whole vectors.
 void set_planes_block(Gather& g) {
@@ -211,7 +212,7 @@ void set_planes_block(Gather& g) {
     g.block = std::clamp<i64>(l2_floats / std::max<i64>(1, g.channels * g.pw * g.steps()) - span_y / g.istep_y, 1, std::max<i64>(1, g.t_rows));
     if (g.shifted && g.steps() * g.phases() == 1) {
         // Half of the cache is for results, and backward wants the same blocks. Several images have one.
-        const i64 rows = std::max<i64>(1, most_packed / (std::max(g.rows, g.channels) * g.pw) - span_y);
+        const i64 rows = std::max<i64>(1, most_packed / std::max<i64>(1, std::max(g.rows, g.channels) * g.pw) - span_y);
         g.block = g.side > 1 ? g.t_rows : ceil_div(g.t_rows, ceil_div(g.t_rows, rows));
     }
     if (g.direct) g.block = std::max(whole, g.block / whole * whole);
@@ -221,7 +222,6 @@ void set_planes_block(Gather& g) {
     g.used_step.assign(size_t(g.steps()), 0);
     for (i64 t = 0; t < g.taps; ++t) g.used_step[step_of(g, g.dy[t], g.dx[t])] = 1;
 }
-
 
 // Pixels are taken in the image's own order, so that a vector of the packed channel is a mask and a place to read from.
 void set_expansion(Gather& g) {
@@ -335,7 +335,7 @@ void sample_tiles(const Isa& isa, const Gather& g, const Task& k, const float* b
             for (i64 c = 0; c < ps.n_chunks; ++c)
                 for (i64 p = 0; p < ps.n_panels; ++p)
                     run({block + r * g.pw, 1, 0, W, ph.off.data(), ps.begin(c, p), ps.count(c, p), grad + r * g.pw - ph.lane, ypitch, 0, dv, add,
-                         ph.classes(), ph.runs_of(ps.begin(c, p)), ph.down.data()});
+                         ph.classes_of(ps.begin(c, p))});
             add = true;
         });
         return;

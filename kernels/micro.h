@@ -189,9 +189,8 @@ template <int TR, int TC, Lay LAY> static void sddmm(const SddmmArgs& a) {
 template <int N> static void spmm_shifted(const SpmmArgs& a) {
     constexpr int W = V::W;
     const float *x = a.x, *bias = a.first ? a.bias : nullptr, *values = a.val;
-    const i32 *indices = static_cast<const i32*>(a.idx), *runs = a.runs, *down = a.down;
-    const i64 ypitch = a.ypitch;
-    const int classes = a.classes;
+    const i32 *indices = static_cast<const i32*>(a.idx), *runs = a.classes.runs, *down = a.classes.down;
+    const i64 ypitch = a.ypitch, classes = a.classes.n;
     const bool first = a.first;
     float* out = a.y;
     for (const Seg *s = a.segs, *e = s + a.nseg; s != e; ++s, runs += classes) {
@@ -201,7 +200,7 @@ template <int N> static void spmm_shifted(const SpmmArgs& a) {
 #pragma GCC unroll 16
         for (int i = 0; i < N; ++i) acc[i] = V::zero();
         i64 k = 0;
-        for (int c = 0; c < classes; ++c) {
+        for (i64 c = 0; c < classes; ++c) {
             for (const i64 end = k + runs[c]; k < end; ++k) {
                 const V b = V::set1(val[k]);
                 const float* p = address(x + idx[k]);
@@ -224,9 +223,8 @@ template <int N> static void sddmm_shifted(const SddmmArgs& a) {
     constexpr int W = V::W;
     if (!a.nseg) return;
     const float *x = a.x, *dy = a.y;
-    const i32 *idx = static_cast<const i32*>(a.idx) + a.segs->start, *runs = a.runs, *down = a.down;
-    const i64 ypitch = a.ypitch;
-    const int classes = a.classes;
+    const i32 *idx = static_cast<const i32*>(a.idx) + a.segs->start, *runs = a.classes.runs, *down = a.classes.down;
+    const i64 ypitch = a.ypitch, classes = a.classes.n;
     const bool add = a.add;
     float* dv = a.dv + a.segs->start;
     alignas(64) float products[W * W], buf[Reducer::floats], sums[W];
@@ -244,7 +242,7 @@ template <int N> static void sddmm_shifted(const SddmmArgs& a) {
         V g[N + 1];
 #pragma GCC unroll 17
         for (int i = 0; i <= N; ++i) g[i] = V::load(y + i * W);
-        for (int c = 0; c < classes; ++c) {
+        for (i64 c = 0; c < classes; ++c) {
             if (c)
 #pragma GCC unroll 17
                 for (int i = 0; i <= N; ++i) g[i] = V::from(g[i], i < N ? g[i + 1] : V::zero(), down[c - 1]);

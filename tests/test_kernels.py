@@ -520,6 +520,16 @@ def test_rows_of_whole_vectors(isa, n, k, padding, dilation, stride):
         rng = np.random.default_rng(w)
         check_conv(rng, n, 9, w, 10, 66, k, .1, padding=padding, dilation=dilation, stride=stride, groups=2, layout='planes')
 
+@pytest.mark.parametrize('layout', [None, 'planes', 'batch'])
+@pytest.mark.parametrize('cin,cout', [(0, 5), (5, 0), (0, 0)])
+def test_no_channels(isa, layout, cin, cout):
+    p = K.Conv2dPlan.from_mask(np.ones((cout, cin, 3, 3), bool), padding=(1,)*4, layout=layout)
+    x, dy, dx = np.ones((5, cin, 14, 14), np.float32), np.ones((5, cout, 14, 14), np.float32), empty(5, cin, 14, 14)
+    out, bias = empty(*dy.shape), np.arange(cout, dtype=np.float32)
+    p.forward(x, empty(0), bias, out)
+    p.backward(x, dy, empty(0), dx, empty(0))
+    assert not dx.any() and (out == bias[:, None, None]).all()
+
 # Wrong arguments
 
 def linear_args(): return np.array([0, 2, 3], np.int64), np.array([0, 2, 1], np.int32), 2, 3
