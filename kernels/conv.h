@@ -17,7 +17,7 @@ struct Phase {
     const uint32_t* perm() const { return panels.perm.empty() ? nullptr : panels.perm.data(); }
 };
 
-constexpr i64 most_side = 4;
+constexpr i64 most_side = 4;           // images side by side
 
 // One direction for one image size: out[row, p] = sum over nonzeros val * in[channel, p*step + d].
 // Output row = ostep*t + phase, input row = istep*t + d(tap); columns alike.
@@ -36,8 +36,8 @@ struct Gather {
     i64 plane;                         // from channel to channel: in pixels (batch) or floats (planes)
     i64 step_plane;                    // planes: floats of one phase of a stride
     std::vector<char> used_step;       // planes: the phases of the stride that a tap reads
-    std::vector<i32> from;             // planes, if blocks are whole images: where each vector of a packed channel starts in the image,
-    std::vector<uint16_t> keep;        // and which of its lanes are pixels
+    std::vector<i32> from;             // planes, shifted or of whole images, without stride: where in its image each vector of a channel starts,
+    std::vector<uint16_t> keep;        // and which of its lanes are pixels; one image after the other, if several lie side by side
     bool direct;                       // planes: the image itself serves as the packed block
     bool shifted = false;              // planes: rows are whole vectors, so that all loads are aligned
     i64 images;                        // planes: how many there are, up to most_side
