@@ -142,8 +142,8 @@ class Reference:
             torch.manual_seed(1000 + i)
             self.update(gs, i)
 
-def same(a, b):
-    "But for the last bits, which PyTorch's dense products don't promise from call to call"
+def nearly(a, b):
+    "The same but for the last bits, which PyTorch's dense products don't promise from call to call"
     return torch.allclose(a, b, rtol=1e-5, atol=1e-7)
 
 def run_beside(method, opt, n_epoch=4, every=4):
@@ -156,10 +156,10 @@ def run_beside(method, opt, n_epoch=4, every=4):
     for i,(w,m) in enumerate(zip(trace.weights, trace.masks)):
         ref.step(i, *batches[i % 8])
         for n in ref.ms: assert m[n].equal(ref.ms[n]), f'mask of {n} at step {i}'
-        for n in ref.ps: assert same(w[n], ref.ps[n]), f'{n} at step {i}'
+        for n in ref.ps: assert nearly(w[n], ref.ps[n]), f'{n} at step {i}'
     for n,p in learn.model.named_parameters():
         if n in ref.ms:
-            for mine,s in zip(slots(learn.opt, p).values(), ref.slots[n].values()): assert same(mine, s*ref.ms[n]), f'slot of {n}'
+            for mine,s in zip(slots(learn.opt, p).values(), ref.slots[n].values()): assert nearly(mine, s*ref.ms[n]), f'slot of {n}'
     assert len(trace.weights) == n_epoch*8 and len(cb.updates) >= 4 and all(u['grown'] != [0, 0, 0] for u in cb.updates[:3])
 
 @pytest.mark.parametrize('method,opt', [(m, o) for m in presets for o in ('sgd', 'momentum', 'adam', 'torch_adam') if (m, o) != ('SNFS', 'sgd')])
