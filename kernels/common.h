@@ -50,12 +50,19 @@ struct SddmmArgs {
     const float* y; i64 ypitch, yrow;  // neighbouring tile columns are neighbours
     float* dv; bool add;
     Classes classes{};                 // y is where the first class reads it, and then moves down
+    // For both: out[row, tile] (+)= sum_k val[perm[k]] * x[idx[k]*scale + tile] as well, and dv[0] is the sum for the first segment's
+    // first entry; each segment's sums begin at a multiple of four, and dv has room for a whole vector at the end.
+    const float* val = nullptr;
+    const uint32_t* perm = nullptr;
+    float* out = nullptr;
+    i64 orow = 0;                      // distance between tile rows in out
+    bool first = false;
 };
 
 using SpmmFn = void (*)(const SpmmArgs&);
 using SddmmFn = void (*)(const SddmmArgs&);
 
-enum Op { op_spmm, op_sddmm };
+enum Op { op_spmm, op_sddmm, op_both };
 
 // One line of kernels.inc, compiled for one ISA.
 struct Kernel {
@@ -67,6 +74,7 @@ struct Isa {
     const char* name;
     int width;                 // floats in a vector
     int max_spmm, max_sddmm;   // vectors in the largest tile that stays in registers
+    bool both;                 // are there kernels for both gradients of Linear at once?
     const Kernel* kernels; int n_kernels;
     // dst[c*dst_pitch + r] = src[r*src_pitch + c], rows padded with zeros up to a whole vector; off, if given, replaces c*dst_pitch
     void (*pack)(const float* src, i64 src_pitch, i64 rows, i64 cols, float* dst, i64 dst_pitch, const i32* off);
@@ -78,8 +86,8 @@ struct Isa {
     void (*spmv)(const float* x, const i32* idx, const float* val, const Seg* segs, i64 nseg, const float* bias, float* y);
     // dv[k] (+)= g[row]*x[idx[k]]
     void (*outer)(const float* x, const i32* idx, const Seg* segs, i64 nseg, const float* g, float* dv, bool add);
-    // dst[k] = src[perm[k]]
-    void (*gather)(const float* src, const uint32_t* perm, i64 n, float* dst);
+    // dst[k] (+)= src[perm[k]]
+    void (*gather)(const float* src, const uint32_t* perm, i64 n, float* dst, bool add);
     // dst[r] (+)= sum of the cols floats (whole vectors) of row r in each of the parts, which are `apart` floats from each other
     void (*row_sums)(const float* src, i64 rows, i64 cols, i64 parts, i64 apart, float* dst, bool add);
     // dst[i] += src[i]

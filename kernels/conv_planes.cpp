@@ -283,7 +283,7 @@ class Values {
 public:
     Values(const Isa& isa, const Gather& g, const float* values) : own_(g.shifted ? g.csr->nnz() : 0), data_(g.shifted ? own_.data() : values) {
         if (g.shifted)
-            for (const Phase& ph : g.phase) isa.gather(values, ph.order.data(), i64(ph.order.size()), own_.data() + ph.begin);
+            for (const Phase& ph : g.phase) isa.gather(values, ph.order.data(), i64(ph.order.size()), own_.data() + ph.begin, false);
     }
     const float* data() const { return data_; }
 private:

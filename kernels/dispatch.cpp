@@ -6,7 +6,7 @@
 namespace fastsparse {
 
 const Kernel& Isa::find(Op op, int rows, int cols, Lay lay) const {
-    const char* name = op == op_spmm ? "spmm" : "sddmm";
+    const char* name = op == op_spmm ? "spmm" : op == op_sddmm ? "sddmm" : "both";
     for (int i = 0; i < n_kernels; ++i) {
         const Kernel& k = kernels[i];
         if (k.rows == rows && k.cols == cols && k.lay == lay && !std::strcmp(k.op, name)) return k;

@@ -22,6 +22,11 @@ struct V {
     static V set1(float a) { return {_mm256_set1_ps(a)}; }
     static V load(const float* p) { return {_mm256_loadu_ps(p)}; }
     static V gather(const float* p, const i32* i) { return {_mm256_i32gather_ps(p, _mm256_loadu_si256((const __m256i*)i), 4)}; }
+    // Unsigned: counted from the middle of what 32 bits reach.
+    static V gather(const float* p, const uint32_t* i) {
+        const __m256i at = _mm256_xor_si256(_mm256_loadu_si256((const __m256i*)i), _mm256_set1_epi32(i32(0x80000000)));
+        return {_mm256_i32gather_ps((const float*)((const char*)p + (i64(4) << 31)), at, 4)};
+    }
     static __m256i first(i64 n) { return _mm256_cmpgt_epi32(_mm256_set1_epi32(int(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)); }
     static V load_first(const float* p, i64 n) { return {_mm256_maskload_ps(p, first(n))}; }
     // Lanes from..to of what is at p, zero in the others.

@@ -29,11 +29,17 @@ struct V {
     static V load(const float* p) { return {_mm512_loadu_ps(p)}; }
     static V gather(const float* p, const i32* i) { return {_mm512_i32gather_ps(_mm512_loadu_si512(i), p, 4)}; }
     static __mmask16 first(i64 n) { return __mmask16((1u << n) - 1); }
+    // Unsigned: counted from the middle of what 32 bits reach.
+    static V gather(const float* p, const uint32_t* i) {
+        const __m512i at = _mm512_xor_si512(_mm512_loadu_si512(i), _mm512_set1_epi32(i32(0x80000000)));
+        return {_mm512_i32gather_ps(at, (const char*)p + (i64(4) << 31), 4)};
+    }
     static V load_first(const float* p, i64 n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }
     // Lanes from..to of what is at p, zero in the others.
     static V load_between(const float* p, i64 from, i64 to) { return {_mm512_maskz_loadu_ps(__mmask16(first(to) & ~first(from)), p)}; }
     static void store_first(float* p, V a, i64 n) { _mm512_mask_storeu_ps(p, first(n), a.v); }
     static void store(float* p, V a) { _mm512_storeu_ps(p, a.v); }
+    static void keep(V& a) { asm("" : "+v"(a.v)); }   // in a register: lest it be loaded again for each use
     static V add(V a, V b) { return {_mm512_add_ps(a.v, b.v)}; }
     static V mul(V a, V b) { return {_mm512_mul_ps(a.v, b.v)}; }
     static V fma(V a, V b, V c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }

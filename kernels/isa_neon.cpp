@@ -14,7 +14,7 @@ struct V {
     static V zero() { return {vdupq_n_f32(0.f)}; }
     static V set1(float a) { return {vdupq_n_f32(a)}; }
     static V load(const float* p) { return {vld1q_f32(p)}; }
-    static V gather(const float* p, const i32* i) {
+    template <class I> static V gather(const float* p, const I* i) {
         const float t[4] = {p[i[0]], p[i[1]], p[i[2]], p[i[3]]};
         return {vld1q_f32(t)};
     }

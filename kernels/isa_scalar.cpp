@@ -12,7 +12,7 @@ struct V {
     static V zero() { return {{0, 0, 0, 0}}; }
     static V set1(float a) { return {{a, a, a, a}}; }
     static V load(const float* p) { return {{p[0], p[1], p[2], p[3]}}; }
-    static V gather(const float* p, const i32* i) { return {{p[i[0]], p[i[1]], p[i[2]], p[i[3]]}}; }
+    template <class I> static V gather(const float* p, const I* i) { return {{p[i[0]], p[i[1]], p[i[2]], p[i[3]]}}; }
     static V load_first(const float* p, i64 n) {
         V a = zero();
         for (i64 i = 0; i < n; ++i) a.f[i] = p[i];

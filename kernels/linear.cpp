@@ -67,6 +67,15 @@ struct Work {
         isa.find(op_sddmm, parts, int(lanes / b.width), Lay::packed).sddmm({x + p * ps.width * lanes, lanes, lanes * a.cols, b.width, ps.near.data(),
             ps.begin(c, p), ps.count(c, p), dy, lanes, lanes * a.rows, dvalues, add});
     }
+    // Both gradients at once: chunk c, panel p, of the transposed weight. dx's parts, if there are two, are `apart` floats from each other;
+    // sums: the weight gradient's, in the order of pt.
+    void both(const Csr& a, const Panels& pt, i64 c, i64 p, const float* values, const float* x, const float* dy, float* dx, i64 apart, float* sums, bool add) const {
+        if (!pt.count(c, p)) return;
+        const Seg* segs = pt.begin(c, p);
+        SddmmArgs k{dy + p * pt.width * lanes, lanes, lanes * a.rows, b.width, pt.near.data(), segs, pt.count(c, p), x, lanes, lanes * a.cols, sums + segs->start, add};
+        k.val = values; k.perm = pt.perm.data(); k.out = dx; k.orow = apart; k.first = p == 0;
+        isa.find(op_both, int(b.lanes(t) / lanes), int(lanes / b.width), Lay::packed).sddmm(k);
+    }
 };
 
 struct Backward {
@@ -86,6 +95,12 @@ struct Tiles {
 
     bool tall() const { return a.rows >= a.cols; }
     i64 block() const { return round_up(tall() ? pt.width : ps.width, row_chunk); }
+    // Floats that a tile's sums of the weight gradient take where both gradients come from one sweep: a panel's of rows, or all.
+    i64 sums() const {
+        i64 n = 0;
+        for (size_t p = 1; p < pt.starts.size(); ++p) n = std::max(n, pt.starts[p] - (tall() ? pt.starts[p - 1] : 0));
+        return n;
+    }
     // Floats of scratch for one tile, by inputs and by outputs.
     i64 x_floats() const { return b.most() * (tall() ? a.cols : block()); }
     i64 y_floats() const { return b.most() * (tall() ? block() : a.rows); }
@@ -123,16 +138,46 @@ struct Tiles {
         w.finish(out, y, 0, a.rows);
     }
 
-    void backward(i64 t, const Backward& k, float* xp, float* dxp, float* g) const {
+    bool swept(const Backward& k) const { return isa.both && k.dvalues && k.dx.data; }
+
+    void backward(i64 t, const Backward& k, float* xp, float* dxp, float* g, float* sums) const {
         const Work w(isa, b, t);
-        if (tall()) backward_rows(w, k, xp, dxp, g);
-        else backward_cols(w, k, xp, dxp, g);
+        if (tall()) swept(k) ? sweep_rows(w, k, xp, dxp, g, sums) : backward_rows(w, k, xp, dxp, g);
+        else swept(k) ? sweep_cols(w, k, xp, dxp, g, sums) : backward_cols(w, k, xp, dxp, g);
     }
 
     const float* packed_dy(const Work& w, const Backward& k, i64 r0, i64 r1, float* scratch) const {
         const float* dy = w.packed(k.dy, r0, r1, scratch);
         if (k.dbias) isa.row_sums(dy + r0 * w.lanes, r1 - r0, w.lanes, 1, 0, k.dbias + r0, k.add);
         return dy;
+    }
+
+    void sweep_rows(const Work& w, const Backward& k, float* xp, float* dxp, float* g, float* sums) const {
+        const float* x = w.packed(k.x, 0, a.cols, xp);
+        float* dx = w.place(k.dx, 0, dxp);
+        each_block(a.rows, [&](i64 r0, i64 r1) {
+            const float* dy = packed_dy(w, k, r0, r1, g);
+            each(r0, r1, pt.width, [&](i64 p) {
+                for (i64 c = 0; c < pt.n_chunks; ++c) w.both(a, pt, c, p, k.values, x, dy, dx, 0, sums - pt.starts[p], false);
+                const i64 from = a.indptr[p * pt.width], to = a.indptr[std::min(a.rows, (p + 1) * pt.width)];
+                isa.gather(sums - pt.starts[p], pt.from.data() + from, to - from, k.dvalues + from, k.add);
+            });
+        });
+        w.finish(k.dx, dx, 0, a.cols);
+    }
+
+    void sweep_cols(const Work& w, const Backward& k, float* xp, float* dxp, float* g, float* sums) const {
+        const float* dy = packed_dy(w, k, 0, a.rows, g);
+        each_block(a.cols, [&](i64 c0, i64 c1) {
+            const float* x = w.packed(k.x, c0, c1, xp);
+            each(c0, c1, pt.chunk, [&](i64 c) {
+                const i64 d0 = c * pt.chunk, d1 = std::min(c1, d0 + pt.chunk);
+                float* dx = w.place(k.dx, d0, dxp);
+                for (i64 p = 0; p < pt.n_panels; ++p) w.both(a, pt, c, p, k.values, x, dy, dx, 0, sums, false);
+                w.finish(k.dx, dx, d0, d1);
+            });
+        });
+        isa.gather(sums, pt.from.data(), a.nnz(), k.dvalues, k.add);
     }
 
     void backward_rows(const Work& w, const Backward& k, float* xp, float* dxp, float* g) const {
@@ -171,6 +216,13 @@ struct Tiles {
         });
     }
 };
+
+// dst[k] = src[at[k]]
+void gather(const Isa& isa, const float* src, const Raw<uint32_t>& at, float* dst, int threads) {
+    constexpr i64 part = 1 << 16;
+    const i64 n = i64(at.size());
+    parallel_for(ceil_div(n, part), threads, [&](i64 t, int) { isa.gather(src, at.data() + t * part, std::min(part, n - t * part), dst + t * part, false); });
+}
 
 // A layer of a row.
 struct Layer {
@@ -253,8 +305,8 @@ struct ByTile {
         return i;
     }
 
-    // One thread's memory: x and its gradient packed, a block of outputs, what is between layers and its gradients.
-    struct Room { float *x, *dx, *y, *h, *dh; };
+    // One thread's memory: x and its gradient packed, a block of outputs, what is between layers and its gradients, sums of the weight gradient.
+    struct Room { float *x, *dx, *y, *h, *dh, *sums; };
 
     // `shares`: where to put the tile's share of the gradients; null: to them.
     void backward(i64 t, const Source& x, Source dy, const Target& dx, float* shares, bool add, const Room& r) const {
@@ -269,13 +321,14 @@ struct ByTile {
                 if (k.dbias) k.dbias = shares + l.share() - l.rows();
                 shares += l.share();
             }
-            l.tiles.backward(t, k, r.x, r.dx, r.y);
+            l.tiles.backward(t, k, r.x, r.dx, r.y, r.sums);
             dy = {to.data, l.cols(), true};
         }
     }
 
     void backward(const Source& x, const Source& dy, const Target& dx) const {
-        const i64 nx = x_floats() + apart_by, ny = y_floats() + apart_by, ng = between_floats(), nh = kept() ? 0 : ng + apart_by, nr = 2 * nx + ny + nh + ng + apart_by;
+        const i64 nx = x_floats() + apart_by, ny = y_floats() + apart_by, ng = between_floats(), nh = kept() ? 0 : ng + apart_by, ns = most([](const Tiles& t) { return t.sums(); }),
+                  nr = 2 * nx + ny + nh + ng + ns + 2 * apart_by;
         const bool apart = share() && threads > 1;
         const i64 n = apart ? group() : b.tiles;
         Scratch space(nr * slots()), shares(apart ? n * share() : 0);
@@ -284,7 +337,7 @@ struct ByTile {
             parallel_for(count, threads, [&](i64 i, int slot) {
                 float* p = space.data() + slot * nr;
                 const bool own = apart && t0 + i;
-                backward(t0 + i, x, dy, dx, own ? shares.data() + i * share() : nullptr, !own && t0 + i, {p, p + nx, p + 2 * nx, p + 2 * nx + ny, p + 2 * nx + ny + nh});
+                backward(t0 + i, x, dy, dx, own ? shares.data() + i * share() : nullptr, !own && t0 + i, {p, p + nx, p + 2 * nx, p + 2 * nx + ny, p + 2 * nx + ny + nh, p + 2 * nx + ny + nh + ng + apart_by});
             });
             if (!apart) continue;
             const float* from = shares.data();
@@ -342,6 +395,15 @@ struct Shared {
         const float* data() const { return needed() ? space.data() : src.data; }
     };
 
+    void pack(const Packing& p) const {
+        if (!p.needed()) return;
+        if (parts == 1) return pack(p.src, p.space.data());
+        parallel_for(b.tiles * parts, threads, [&](i64 task, int) {
+            const Work w(isa, b, task / parts, task % parts, parts);
+            w.pack(p.src, 0, p.src.dim, p.space.data() + w.item * p.src.dim);
+        });
+    }
+
     // Packs both sources and multiplies the second one if a result is wanted.
     void product(const Panels& ps, const float* values, const float* bias, const Packing& also, const Packing& in, const Target& out) const {
         const i64 scratch = ps.chunk * b.most();
@@ -353,8 +415,7 @@ struct Shared {
                     if (p->needed()) w.pack(p->src, 0, p->src.dim, p->space.data() + w.item * p->src.dim);
                 if (out.data) for (i64 c = 0; c < ps.n_chunks; ++c) chunk(w, ps, c, values, bias, in.data(), space.data() + slot * scratch, out);
             });
-        for (const Packing* p : {&also, &in})
-            if (p->needed()) pack(p->src, p->space.data());
+        for (const Packing* p : {&also, &in}) pack(*p);
         if (out.data)
             parallel_for(b.tiles * ps.n_chunks, threads, [&](i64 task, int slot) {
                 chunk(Work(isa, b, task / ps.n_chunks), ps, task % ps.n_chunks, values, bias, in.data(), space.data() + slot * scratch, out);
@@ -383,7 +444,29 @@ struct Shared {
         });
     }
 
+    // Both gradients at once: threads share the chunks of columns.
+    void sweep(const Csr& a, const Panels& pt, const Backward& k) const {
+        const Packing x(k.x, b), dy(k.dy, b);
+        for (const Packing* p : {&x, &dy}) pack(*p);
+        const i64 floats = pt.chunk * b.most();
+        Scratch space(floats * threads), sums(pt.starts.back());
+        parallel_for(pt.n_chunks, threads, [&](i64 c, int slot) {
+            const i64 c0 = c * pt.chunk, c1 = std::min(pt.rows, c0 + pt.chunk);
+            for (i64 t = 0; t < b.tiles; ++t) {
+                const Work w(isa, b, t, 0, parts);
+                const i64 apart = w.lanes * (k.dx.packed ? a.cols : pt.chunk);
+                float* dx = w.place(k.dx, c0, space.data() + slot * floats);
+                for (i64 p = 0; p < pt.n_panels; ++p)
+                    w.both(a, pt, c, p, k.values, x.data() + b.start(t) * a.cols, dy.data() + b.start(t) * a.rows, dx, apart, sums.data(), t > 0);
+                for (i64 p = 0; p < parts; ++p) Work(isa, b, t, p, parts).finish(k.dx, dx + p * apart, c0, c1);
+            }
+        });
+        if (k.dbias) bias(a.rows, dy.data(), k.dbias);
+        gather(isa, sums.data(), pt.from, k.dvalues, threads);
+    }
+
     void backward(const Csr& a, const Panels& ps, const Panels& pt, const Backward& k) const {
+        if (isa.both && k.dvalues && k.dx.data && shared_evenly(pt.n_chunks, threads)) return sweep(a, pt, k);
         const Packing x(k.dvalues ? k.x : Source{nullptr, 0}, b), dy(k.dy, b);
         product(pt, k.values, nullptr, x, dy, k.dx);
         if (k.dbias) bias(a.rows, dy.data(), k.dbias);
@@ -398,13 +481,6 @@ template <class F> void each_work(const Isa& isa, i64 batch, i64 dim, i64 vector
     parallel_for(b.tiles * parts, threads, [&](i64 task, int) {
         const Work w(isa, b, task / parts, task % parts, parts);
         f(w, w.item * dim);
-    });
-}
-
-void permute(const Isa& isa, const Csr& a, const float* values, float* dst, int threads) {
-    constexpr i64 part = 1 << 16;
-    parallel_for(ceil_div(a.nnz(), part), threads, [&](i64 t, int) {
-        isa.gather(values, a.perm.data() + t * part, std::min(part, a.nnz() - t * part), dst + t * part);
     });
 }
 
@@ -451,7 +527,7 @@ const LinearPlan::Columns& LinearPlan::columns() const {
 // Vectors in a tile: as many sums as 16 registers leave room for. Where vectors are wide and nonzeros few, half of that wins:
 // what is packed is then nearer.
 i64 LinearPlan::tile_vectors(const Isa& isa) const {
-    constexpr double few = 1. / 64;
+    constexpr double few = 1. / 32;
     return isa.width == 16 && double(nnz()) < few * double(rows()) * double(cols()) ? 4 : 8;
 }
 
@@ -499,7 +575,7 @@ void LinearPlan::backward(const float* x, const float* dy, i64 batch, const floa
         if (dx) {
             const Columns& wt = columns();
             Scratch vt(nnz());
-            permute(isa, wt.csr, values, vt.data(), threads);
+            gather(isa, values, wt.csr.perm, vt.data(), threads);
             multiply_one(isa, wt.csr, wt.segs, dy, vt.data(), nullptr, dx, threads);
         }
         if (dvalues) isa.outer(x, w_.idx.data(), rows_.data(), rows(), dy, dvalues, false);

@@ -6,6 +6,8 @@
 template <Lay LAY> struct Indices { using type = i32; };
 template <> struct Indices<Lay::packed> { using type = uint16_t; };
 
+template <int N> struct Count { static constexpr int value = N; };
+
 template <int TR, int TC, Lay LAY> struct Tile {
     static constexpr int N = TR * TC, W = V::W;
     static constexpr int U = N >= 8 ? 1 : N >= 4 ? 2 : 4;
@@ -95,15 +97,21 @@ template <int TR, int TC, Lay LAY> static void spmm(const SpmmArgs& a) {
 struct Reducer {
     static constexpr int W = V::W, floats = W * W / 4;
     float *buf, *out;
+    bool add;       // to what is there
     i64 fill = 0;   // floats in buf
-    Reducer(float* buf, float* out) : buf(buf), out(out) {}
+    Reducer(float* buf, float* out, bool add = false) : buf(buf), out(out), add(add) {}
 
     inline void put(V a, V b, V c, V d) {
         V::store(buf + fill, V::quad(a, b, c, d));
         fill += W;
         if (fill == floats) flush();
     }
-    inline void flush() { V::store(out, V::reduce_quads(buf)); out += W; fill = 0; }
+    inline void flush() {
+        const V sums = V::reduce_quads(buf);
+        V::store(out, add ? V::add(V::load(out), sums) : sums);
+        out += W;
+        fill = 0;
+    }
     inline void finish() { if (fill) flush(); }   // sums of what an earlier round left in buf go where nobody looks
 };
 
@@ -183,6 +191,71 @@ template <int TR, int TC, Lay LAY> static void sddmm(const SddmmArgs& a) {
 }
 
 #ifdef FS_MASKS
+// spmm and sddmm of the same structure at once, to the same bits: each vector of x is loaded once for both. Four nonzeros run side by side,
+// vector by vector, or else the chains of sums would wait for each other.
+template <int TR, int TC, Lay LAY> static void both(const SddmmArgs& a) {
+    using T = Tile<TR, TC, LAY>;
+    using Index = typename T::Index;
+    constexpr int N = T::N, W = V::W, U = T::U;
+    const i64 scale = T::step(a.scale), pitch = T::step(a.ypitch), xrow = a.xrow, xcol = a.xcol, yrow = a.yrow, orow = a.orow;
+    const float *x = a.x, *dy = a.y, *values = a.val;
+    const Index* idx = static_cast<const Index*>(a.idx);
+    const uint32_t* perm = a.perm;
+    float* out = a.out;
+    const bool first = a.first;
+    alignas(64) float buf[Reducer::floats];
+    Reducer sums(buf, a.dv, a.add);
+    for (const Seg *s = a.segs, *e = s + a.nseg; s != e; ++s) {
+        const float* y = address(dy + s->row * pitch);
+        V g[N], acc[U][N];
+#pragma GCC unroll 16
+        for (int i = 0; i < N; ++i) {
+            g[i] = V::load(y + (i / TC) * yrow + (i % TC) * W);
+#pragma GCC unroll 4
+            for (int u = 0; u < U; ++u) acc[u][i] = V::zero();
+        }
+        // Q nonzeros from k on, of which `paired` take the partial sums in turns, as in spmm
+        const auto group = [&](i64 k, auto count) __attribute__((always_inline)) {
+            constexpr int Q = decltype(count)::value, paired = Q / U * U;
+            const float* p[Q];
+            V b[Q], product[4];
+#pragma GCC unroll 4
+            for (int q = 0; q < 4; ++q) product[q] = V::zero();
+#pragma GCC unroll 4
+            for (int q = 0; q < Q; ++q) {
+                p[q] = address(x + idx[k + q] * scale);
+                b[q] = V::set1(values[perm[k + q]]);
+            }
+#pragma GCC unroll 16
+            for (int i = 0; i < N; ++i)
+#pragma GCC unroll 4
+                for (int q = 0; q < Q; ++q) {
+                    V v = V::load(p[q] + T::at(xrow, xcol, i / TC, i % TC));
+                    V::keep(v);
+                    product[q] = i ? V::fma(g[i], v, product[q]) : V::mul(g[i], v);
+                    V& sum = acc[q < paired ? q % U : 0][i];
+                    sum = V::fma(b[q], v, sum);
+                }
+            sums.put(product[0], product[1], product[2], product[3]);
+        };
+        i64 k = s->start;
+        const i64 end = k + s->n;
+        for (; k + 4 <= end; k += 4) group(k, Count<4>());
+        if (end - k == 1) group(k, Count<1>());
+        else if (end - k == 2) group(k, Count<2>());
+        else if (end - k == 3) group(k, Count<3>());
+        float* to = const_cast<float*>(address(out + s->row * pitch));
+#pragma GCC unroll 16
+        for (int i = 0; i < N; ++i) {
+#pragma GCC unroll 4
+            for (int u = 1; u < U; ++u) acc[0][i] = V::add(acc[0][i], acc[u][i]);
+            float* p = to + (i / TC) * orow + (i % TC) * W;
+            V::store(p, first ? acc[0][i] : V::add(acc[0][i], V::load(p)));
+        }
+    }
+    sums.finish();
+}
+
 // Convolutions whose rows are whole vectors. A nonzero's distance is seldom one of whole vectors, but its load is aligned all the same:
 // those that read the farthest lane come first, and what they sum up to moves down as a whole before those of the next lane are added.
 // Only lanes that nobody wants miss what would have moved in at the tile's end.
@@ -459,8 +532,10 @@ static void crop_stream(const float* src, i64 src_pitch, i64 rows, i64 cols, flo
     }
 }
 #define FS_MASKED &expand, &crop_stream
+#define FS_BOTH true
 #else
 #define FS_MASKED nullptr, nullptr
+#define FS_BOTH false
 #endif
 
 static void spmv(const float* x, const i32* idx, const float* val, const Seg* segs, i64 nseg, const float* bias, float* y) {
@@ -499,8 +574,13 @@ static void outer(const float* x, const i32* idx, const Seg* segs, i64 nseg, con
     }
 }
 
-static void gather(const float* src, const uint32_t* perm, i64 n, float* dst) {
-    for (i64 k = 0; k < n; ++k) dst[k] = src[perm[k]];
+static void gather(const float* src, const uint32_t* perm, i64 n, float* dst, bool add) {
+    i64 k = 0;
+    for (; k + V::W <= n; k += V::W) {
+        const V v = V::gather(src, perm + k);
+        V::store(dst + k, add ? V::add(V::load(dst + k), v) : v);
+    }
+    for (; k < n; ++k) dst[k] = add ? dst[k] + src[perm[k]] : src[perm[k]];
 }
 
 static void row_sums(const float* src, i64 rows, i64 cols, i64 parts, i64 apart, float* dst, bool add) {
@@ -633,6 +713,9 @@ static i64 collect_bf16(const bf16* g, const uint8_t* taken, i64 first, i64 last
 #endif
 
 template <int TR, int TC, Lay LAY> struct Make {
+#ifdef FS_MASKS
+    static constexpr Kernel both(const char* dt) { return {"both", dt, TR, TC, LAY, nullptr, &FS_NS::both<TR, TC, LAY>}; }
+#endif
     static constexpr Kernel spmm(const char* dt) { return {"spmm", dt, TR, TC, LAY, &FS_NS::spmm<TR, TC, LAY>, nullptr}; }
     static constexpr Kernel sddmm(const char* dt) { return {"sddmm", dt, TR, TC, LAY, nullptr, &FS_NS::sddmm<TR, TC, LAY>}; }
 };
@@ -651,8 +734,9 @@ static constexpr Kernel table[] = {
     {"widen", "bf16", 1, 1, Lay::unit, nullptr, nullptr}, {"narrow", "bf16", 1, 1, Lay::unit, nullptr, nullptr},
 };
 
-static constexpr Isa isa = {FS_NAME, V::W, V::max_spmm, V::max_sddmm, table, sizeof(table) / sizeof(table[0]),
+static constexpr Isa isa = {FS_NAME, V::W, V::max_spmm, V::max_sddmm, FS_BOTH, table, sizeof(table) / sizeof(table[0]),
                         &pack, &pack_gated, &unpack, &spmv, &outer, &gather, &row_sums, &accumulate, &gate, &pad, &crop, &pad_every, &unzip, &spread, &zip, &stream, &fence, FS_MASKED,
                         &moments, &normalise, &grad_moments, &norm_grad, &pool_row, &collect, FS_BF16, &widen, &narrow};
 #undef FS_MASKED
+#undef FS_BOTH
 #undef FS_BF16

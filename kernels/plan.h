@@ -35,9 +35,14 @@ struct Panels {
     Raw<i32> idx;                 // the entries in this order, if asked for
     Raw<uint32_t> perm;           // and where they are in a; with `near` for a's columns
     Raw<uint16_t> near;           // each entry's column less its panel's first one, for Linear
+    // Of a transposed one: where each panel's entries begin, and, for each entry of a, where it is here.
+    std::vector<i64> starts;
+    Raw<uint32_t> from;
     enum Entries { none, reordered, nearby };
     Panels(const Csr& a, i64 row0, i64 row1, i64 chunk, i64 width, Entries entries, int threads = 1);
-    static Panels transposed(const Csr& a, i64 chunk, i64 width, int threads);  // of a's columns: near and perm, in this order
+    // Of a's columns: near and perm in this order, each segment from a multiple of `apart` on, and each panel's part of a chunk from one of `block_apart`.
+    static Panels transposed(const Csr& a, i64 chunk, i64 width, int threads);
+    static constexpr i64 apart = 4, block_apart = 16;
     const Seg* begin(i64 c, i64 p) const { return segs.data() + at[c * n_panels + p].from; }
     i64 count(i64 c, i64 p) const { return at[c * n_panels + p].to - at[c * n_panels + p].from; }
 private:
@@ -51,6 +56,7 @@ private:
         i64 append_columns(i64 c0, i64 c1, bool keep_empty, i64 used, std::vector<uint32_t>& to);
     };
     Panels(i64 rows, i64 cols, i64 row0, i64 row1, i64 chunk, i64 width);
+    i64 room(const Csr& a, i64 p) const;
     void transpose(const Csr& a, i64 p, Part& part);
     void join(const std::vector<Part>& parts, i64 between, i64 within);
 };

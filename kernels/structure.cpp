@@ -5,6 +5,8 @@
 
 namespace fastsparse {
 
+static constexpr i64 most_positions = std::numeric_limits<uint32_t>::max();
+
 std::vector<Seg> row_segs(const Csr& a) {
     std::vector<Seg> segs(size_t(a.rows));
     for (i64 r = 0; r < a.rows; ++r) segs[r] = {uint32_t(a.indptr[r]), i32(r), i32(a.indptr[r + 1] - a.indptr[r])};
@@ -138,13 +140,14 @@ struct Block {
     }
 
     // The entries left of column limit.
-    void store(i64 limit, uint16_t* near, uint32_t* perm) {
+    void store(i64 limit, uint16_t* near, uint32_t* perm, uint32_t* from) {
         for (i64 r = r0; r < r1; ++r) {
             i64 k = next[r - r0];
             for (const i64 end = a.indptr[r + 1]; k < end && a.idx[k] < limit; ++k) {
                 const uint32_t at = to[a.idx[k]]++;
                 near[at] = uint16_t(r - r0);
                 perm[at] = uint32_t(k);
+                from[k] = at;
             }
             next[r - r0] = k;
         }
@@ -161,31 +164,41 @@ i64 Panels::Part::append_columns(i64 c0, i64 c1, bool keep_empty, i64 used, std:
     append(keep_empty);
     for (; s < segs.data() + at.back(); ++s) {
         s->start = to[s->row] = uint32_t(used);
-        used += s->n;
+        used += round_up(s->n, apart);
     }
-    return used;
+    return round_up(used, block_apart);
+}
+
+// More than the entries of panel p take with what lies between segments and blocks.
+i64 Panels::room(const Csr& a, i64 p) const {
+    const i64 nnz = a.indptr[std::min(a.rows, (p + 1) * width)] - a.indptr[std::min(a.rows, p * width)];
+    return round_up(nnz + (apart - 1) * std::min(nnz, a.cols), block_apart) + block_apart * n_chunks;
 }
 
 // A panel of a's rows at a time, in place of all rows: what is read, and written to column by column, stays in the L2 cache.
 void Panels::transpose(const Csr& a, i64 p, Part& part) {
     Block block(a, p * width, p == n_panels - 1 ? a.rows : (p + 1) * width);
     part.segs.resize(size_t(p ? std::min(a.cols, block.nnz()) : a.cols));
-    i64 used = a.indptr[block.r0];
+    i64 used = starts[p];
     for (i64 c0 = 0, c1, cols = block.columns(chunk); c0 < a.cols; c0 = c1) {
         c1 = std::min(a.cols, c0 + cols);
         const i64 first = used;
         for (i64 c = c0; c < c1; c += chunk) used = part.append_columns(c, std::min(c1, c + chunk), p == 0, used, block.to);
         for (i64 k = first; k < used; k += 16) { __builtin_prefetch(&near[k], 1); __builtin_prefetch(&perm[k], 1); }
-        block.store(c1, near.data(), perm.data());
+        block.store(c1, near.data(), perm.data(), from.data());
     }
 }
 
 Panels Panels::transposed(const Csr& a, i64 chunk, i64 width, int threads) {
     check_near(width);
     Panels t(a.cols, a.rows, 0, a.cols, chunk, width);
-    t.near.resize(a.idx.size());
-    t.perm.resize(a.idx.size());
     std::vector<Part> parts(t.n_panels);
+    t.starts.assign(t.n_panels + 1, 0);
+    for (i64 p = 0; p < t.n_panels; ++p) t.starts[p + 1] = t.starts[p] + t.room(a, p);
+    if (t.starts.back() > most_positions) throw std::overflow_error("more nonzeros in one layer than positions of 32 bits");
+    t.near.resize(t.starts.back());
+    t.perm.resize(t.starts.back());
+    t.from.resize(a.idx.size());
     parallel_for(t.n_panels, threads, [&](i64 p, int) { t.transpose(a, p, parts[p]); });
     t.join(parts, 1, t.n_panels);
     return t;
@@ -229,7 +242,7 @@ Csr checked_csr(const i64* indptr, i64 n_indptr, const i32* idx, i64 nnz, i64 ro
     constexpr i64 most = std::numeric_limits<i32>::max();
     if (rows < 0 || cols < 0 || rows > most || cols > most)
         throw std::overflow_error("a matrix of " + std::to_string(rows) + " x " + std::to_string(cols) + " does not fit 32-bit indices");
-    if (nnz > i64(std::numeric_limits<uint32_t>::max())) throw std::overflow_error("more than 2^32-1 nonzeros in one layer");
+    if (nnz > most_positions) throw std::overflow_error("more than 2^32-1 nonzeros in one layer");
     if (n_indptr != rows + 1) bad("indptr has " + std::to_string(n_indptr) + " entries, expected rows+1 = " + std::to_string(rows + 1));
     if (indptr[0] != 0) bad("indptr[0] is " + std::to_string(indptr[0]) + ", expected 0");
     if (indptr[rows] != nnz) bad("indptr ends at " + std::to_string(indptr[rows]) + ", expected nnz = " + std::to_string(nnz));

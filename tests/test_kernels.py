@@ -444,6 +444,21 @@ def test_same_bits_when_threads_share_a_tile(isa, b, density):
     for got in more:
         for a, b in zip(one, got): assert a.tobytes() == b.tobytes()
 
+@pytest.mark.parametrize('b', [2, 16, 33, 48, 64, 80, 96, 112, 128, 400])
+@pytest.mark.parametrize('i,o', [(400, 210), (210, 400)])
+@pytest.mark.parametrize('density', [.005, .1, .9])
+def test_both_gradients_at_once_are_those_of_each_alone(isa, b, i, o, density):
+    "With AVX-512 they come from one sweep, with tiles of 1 to 8 vectors, whole or in halves"
+    rng = np.random.default_rng(16)
+    w, m = sparse(rng, density, o, i)
+    p, x, dy, v = K.LinearPlan.from_mask(m), randn(rng, b, i), randn(rng, b, o), w[m]
+    for t in (1, 2):
+        dx, dv, dx1, dv1 = empty(b, i), empty(p.nnz), empty(b, i), empty(p.nnz)
+        p.backward(x, dy, v, dx, dv, threads=t)
+        p.backward_input(dy, v, dx1, threads=t)
+        p.backward_weight(x, dy, dv1, threads=t)
+        assert dx.tobytes() == dx1.tobytes() and dv.tobytes() == dv1.tobytes()
+
 def test_same_bits_when_tiles_come_in_groups():
     "More weight gradients than are kept at a time."
     rng = np.random.default_rng(14)
@@ -492,9 +507,10 @@ def test_an_isa_that_is_missing_is_a_clear_error():
 def test_every_kernel_is_in_the_table():
     t = K.kernel_table()
     assert {k['isa'] for k in t} == set(isas) and {k['lay'] for k in t} - {'shifted'} == {'packed', 'unit', 'strided'}
-    per = {i: sum(k['isa'] == i and k['lay'] != 'shifted' for k in t) for i in isas}
+    own = [k for k in t if k['lay'] == 'shifted' or k['op'] == 'both']
+    per = {i: sum(k['isa'] == i and k not in own for k in t) for i in isas}
     assert len(set(per.values())) == 1
-    assert {k['isa'] for k in t if k['lay'] == 'shifted'} <= {'avx512'}
+    assert {k['isa'] for k in own} <= {'avx512'}
 
 @pytest.mark.parametrize('stride', [1, 2])
 @pytest.mark.parametrize('tile', sorted({k['tile'] for k in K.kernel_table()}))
