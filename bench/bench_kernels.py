@@ -83,6 +83,14 @@ def _module(m, x, dy):
     def run(): torch.autograd.grad(m(x), [x, *ps], dy)
     return run
 
+def make_layer(case, w, x, dy):
+    "The module that people use, with all that it checks on the way"
+    import torch
+    from fastsparse.layers import SparseConv2d, SparseLinear
+    dense = torch.nn.Linear(case.i, case.o, bias=False) if kind(case) == 'linear' else torch.nn.Conv2d(case.c, case.o, case.k, case.stride, case.pad, bias=False)
+    dense.weight.data.copy_(w)
+    return _module((SparseLinear if kind(case) == 'linear' else SparseConv2d).from_dense(dense), x, dy)
+
 def make_sparseprop(case, w, x, dy, over_on=None):
     from sparseprop.modules import SparseConv2d, SparseLinear
     if kind(case) == 'linear': return _module(SparseLinear(w.clone()), x, dy)
@@ -100,6 +108,7 @@ def contenders(case, w, x, dy, peers):
     # Without AMX bf16 is emulated, and takes minutes.
     if 'ONEDNN_MAX_CPU_ISA' not in os.environ: yield 'dense bf16', lambda: make_dense(case, w, x, dy, 'channels_last' if kind(case) == 'conv' else 'contiguous', torch.bfloat16)
     yield 'fastsparse', lambda: make_ours(case, w, x, dy)
+    yield 'fastsparse layer', lambda: make_layer(case, w, x, dy)
     if not peers: return
     if kind(case) == 'linear':
         yield 'sparseprop', lambda: make_sparseprop(case, w, x, dy)
@@ -164,7 +173,7 @@ def best(times, prefix): return min((t for n, t in times.items() if n.startswith
 def point(case, sparsity, nnz, times, failed):
     dense, ours = best(times, 'dense'), times['fastsparse']
     p = dict(case=str(case), kind=kind(case), sparsity=sparsity, nnz=nnz, seconds=times, failed=failed, dense_gflops=case.flops/dense/1e9,
-             gflops=case.flops*(nnz/(case.weight_shape[0]*case.flops_per_row()))/ours/1e9, over_dense=dense/ours)
+             gflops=case.flops*(nnz/(case.weight_shape[0]*case.flops_per_row()))/ours/1e9, over_dense=dense/ours, layer_over_dense=dense/times['fastsparse layer'])
     for peer in ('sparseprop', 'sparselab'):
         if (t := best(times, peer)): p[f'over_{peer}'] = t/ours
     return p
@@ -204,7 +213,7 @@ def summary(points):
     for k in ('linear', 'conv'):
         for s in sorted({p['sparsity'] for p in points if p['kind'] == k}):
             ps = [p for p in points if p['kind'] == k and p['sparsity'] == s]
-            row = dict(kind=k, sparsity=s, over_dense=geomean([p['over_dense'] for p in ps]), target=TARGETS[k].get(s))
+            row = dict(kind=k, sparsity=s, over_dense=geomean([p['over_dense'] for p in ps]), layer_over_dense=geomean([p['layer_over_dense'] for p in ps]), target=TARGETS[k].get(s))
             for peer in ('sparseprop', 'sparselab'):
                 rs = [p[f'over_{peer}'] for p in ps if f'over_{peer}' in p]
                 if rs: row |= {f'over_{peer}': geomean(rs), f'least_over_{peer}': min(rs)}
@@ -212,7 +221,7 @@ def summary(points):
     return out
 
 def show(p, peak=None):
-    line = f"{p['case']:34} {slug(p['sparsity']):7} {p['over_dense']:6.2f}x dense {p['gflops']:6.1f} GFLOP/s"
+    line = f"{p['case']:34} {slug(p['sparsity']):7} {p['over_dense']:6.2f}x dense (layer {p['layer_over_dense']:5.2f}x) {p['gflops']:6.1f} GFLOP/s"
     if peak: line += f" {100*p['gflops']/peak:4.0f} % of peak"
     for peer in ('sparseprop', 'sparselab'):
         if f'over_{peer}' in p: line += f"  {p[f'over_{peer}']:5.2f}x {peer}"

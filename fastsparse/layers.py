@@ -7,13 +7,14 @@ __all__ = ['plan_cache', 'compressed_types', 'active_index', 'gather', 'scatter'
            'csr_from_index', 'csr_from_mask', 'flat_index', 'check_csr', 'random_index', 'LinearGeometry',
            'Conv2dGeometry', 'PlanEntry', 'structure_stamp', 'build_plan', 'plan_for', 'run_forward', 'run_backward',
            'differentiable_once', 'SparseFunction', 'linear_op', 'linear_backward_input_op',
-           'linear_backward_weight_op', 'conv2d_op', 'conv2d_backward_input_op', 'conv2d_backward_weight_op',
-           'DenseFallbackWarning', 'say_once', 'why_dense', 'dense_weight', 'gathered_linear', 'dense_apply',
-           'sparse_apply', 'replace_storage', 'SparseModule', 'kaiming_sparse_', 'check_mask', 'make_structure',
-           'SparseLinear', 'SparseConv2d', 'conv_geometry', 'pad_mode', 'mask_of', 'is_compressed', 'Compressed',
-           'CompressedLinear', 'CompressedConv2d', 'why_not_compress', 'hold_interrupts', 'compress', 'expand',
-           'interleaved_ms', 'training_step', 'measure_layer', 'sparsify_conv2d_auto', 'SwapReport', 'layer_inputs',
-           'is_skipped', 'layer_sparsity', 'carry_hooks', 'leave_fused_path', 'swap_modules_with_sparse']
+           'linear_backward_weight_op', 'linear_backward_op', 'conv2d_op', 'conv2d_backward_input_op',
+           'conv2d_backward_weight_op', 'conv2d_backward_op', 'DenseFallbackWarning', 'say_once', 'why_dense',
+           'dense_weight', 'gathered_linear', 'dense_apply', 'sparse_apply', 'replace_storage', 'SparseModule',
+           'kaiming_sparse_', 'check_mask', 'make_structure', 'SparseLinear', 'SparseConv2d', 'conv_geometry',
+           'pad_mode', 'mask_of', 'is_compressed', 'Compressed', 'CompressedLinear', 'CompressedConv2d',
+           'why_not_compress', 'hold_interrupts', 'compress', 'expand', 'interleaved_ms', 'training_step',
+           'measure_layer', 'sparsify_conv2d_auto', 'SwapReport', 'layer_inputs', 'is_skipped', 'layer_sparsity',
+           'carry_hooks', 'leave_fused_path', 'swap_modules_with_sparse']
 
 # %% ../nbs/05_layers.ipynb #4fad2516
 import numpy as np, signal, threading, torch, torch.nn.functional as F, warnings, weakref
@@ -25,7 +26,7 @@ from fnmatch import fnmatch
 from functools import wraps
 from math import log, prod, sqrt
 from time import perf_counter
-from typing import NamedTuple, Optional, Sequence
+from typing import NamedTuple, Optional, Sequence, Tuple
 from zlib import crc32
 from fastcore.basics import patch
 from torch import nn, Tensor
@@ -386,6 +387,13 @@ def linear_backward_weight_op(x:Tensor, dy:Tensor, indptr:Tensor, indices:Tensor
     geom = LinearGeometry(indptr.numel()-1, x.shape[-1])
     return run_backward(geom, plan_for(geom, indptr, indices), x, dy, None, None, False, True, torch.float32)[1]
 
+# %% ../nbs/05_layers.ipynb #c5a1e0b7
+@torch.library.custom_op('fastsparse::linear_backward', mutates_args=(), device_types='cpu')
+def linear_backward_op(x:Tensor, dy:Tensor, values:Tensor, indptr:Tensor, indices:Tensor) -> Tuple[Tensor, Tensor]:
+    "Both gradients of `fastsparse::linear`, for which `dy` is read once."
+    geom = LinearGeometry(indptr.numel()-1, x.shape[-1])
+    return run_backward(geom, plan_for(geom, indptr, indices), x, dy, values, x.shape, True, True, torch.float32)[:2]
+
 # %% ../nbs/05_layers.ipynb #694caf50
 @linear_op.register_fake
 def _(x, values, indptr, indices, bias, n_cols): return x.new_empty((*x.shape[:-1], indptr.shape[0]-1))
@@ -396,6 +404,9 @@ def _(dy, values, indptr, indices, n_cols): return dy.new_empty((*dy.shape[:-1],
 @linear_backward_weight_op.register_fake
 def _(x, dy, indptr, indices): return x.new_empty(indices.shape, dtype=torch.float32)
 
+@linear_backward_op.register_fake
+def _(x, dy, values, indptr, indices): return x.new_empty(x.shape), x.new_empty(indices.shape, dtype=torch.float32)
+
 # %% ../nbs/05_layers.ipynb #cc0bb498
 def _linear_setup(ctx, inputs, output):
     x,values,indptr,indices,bias,ctx.n_cols = inputs
@@ -404,9 +415,11 @@ def _linear_setup(ctx, inputs, output):
 
 def _linear_backward(ctx, dy):
     (x,values,indptr,indices),(need_x,need_v,_,_,need_b,_) = ctx.saved_tensors,ctx.needs_input_grad
-    dx = linear_backward_input_op(dy, values, indptr, indices, ctx.n_cols) if need_x else None
-    dv = linear_backward_weight_op(x, dy, indptr, indices).to(ctx.dtypes[0]) if need_v else None
-    return dx, dv, None, None, dy.reshape(-1, dy.shape[-1]).sum(0).to(ctx.dtypes[1]) if need_b else None, None
+    if need_x and need_v: dx,dv = linear_backward_op(x, dy, values, indptr, indices)
+    else:
+        dx = linear_backward_input_op(dy, values, indptr, indices, ctx.n_cols) if need_x else None
+        dv = linear_backward_weight_op(x, dy, indptr, indices) if need_v else None
+    return dx, None if dv is None else dv.to(ctx.dtypes[0]), None, None, dy.reshape(-1, dy.shape[-1]).sum(0).to(ctx.dtypes[1]) if need_b else None, None
 
 linear_op.register_autograd(_linear_backward, setup_context=_linear_setup)
 
@@ -438,6 +451,14 @@ def conv2d_backward_weight_op(x:Tensor, dy:Tensor, indptr:Tensor, indices:Tensor
     geom = _conv_geometry(indptr, n_in, kernel, stride, padding, dilation, groups, layout)
     return run_backward(geom, plan_for(geom, indptr, indices), x, dy, None, None, False, True, torch.float32)[1]
 
+# %% ../nbs/05_layers.ipynb #d4b2f6a1
+@torch.library.custom_op('fastsparse::conv2d_backward', mutates_args=(), device_types='cpu')
+def conv2d_backward_op(x:Tensor, dy:Tensor, values:Tensor, indptr:Tensor, indices:Tensor, n_in:int, kernel:Sequence[int],
+                       stride:Sequence[int], padding:Sequence[int], dilation:Sequence[int], groups:int, layout:str) -> Tuple[Tensor, Tensor]:
+    "Both gradients of `fastsparse::conv2d`, for which `dy` is read once."
+    geom = _conv_geometry(indptr, n_in, kernel, stride, padding, dilation, groups, layout)
+    return run_backward(geom, plan_for(geom, indptr, indices), x, dy, values, x.shape, True, True, torch.float32)[:2]
+
 # %% ../nbs/05_layers.ipynb #2736141c
 @conv2d_op.register_fake
 def _(x, values, indptr, indices, bias, *geom):
@@ -450,6 +471,9 @@ def _(dy, values, indptr, indices, height, width, n_in, kernel, stride, padding,
 @conv2d_backward_weight_op.register_fake
 def _(x, dy, indptr, indices, *geom): return x.new_empty(indices.shape, dtype=torch.float32)
 
+@conv2d_backward_op.register_fake
+def _(x, dy, values, indptr, indices, *geom): return x.new_empty(x.shape), x.new_empty(indices.shape, dtype=torch.float32)
+
 # %% ../nbs/05_layers.ipynb #4aff8a8f
 def _conv2d_setup(ctx, inputs, output):
     x,values,indptr,indices,bias,*ctx.geom = inputs
@@ -459,10 +483,12 @@ def _conv2d_setup(ctx, inputs, output):
 
 def _conv2d_backward(ctx, dy):
     (x,values,indptr,indices),(need_x,need_v,_,_,need_b) = ctx.saved_tensors,ctx.needs_input_grad[:5]
-    dx = conv2d_backward_input_op(dy, values, indptr, indices, *ctx.hw, *ctx.geom) if need_x else None
-    dv = conv2d_backward_weight_op(x, dy, indptr, indices, *ctx.geom).to(ctx.dtypes[0]) if need_v else None
+    if need_x and need_v: dx,dv = conv2d_backward_op(x, dy, values, indptr, indices, *ctx.geom)
+    else:
+        dx = conv2d_backward_input_op(dy, values, indptr, indices, *ctx.hw, *ctx.geom) if need_x else None
+        dv = conv2d_backward_weight_op(x, dy, indptr, indices, *ctx.geom) if need_v else None
     db = dy.sum((-1,-2) if dy.dim()==3 else (0,2,3), dtype=ctx.dtypes[1]) if need_b else None
-    return dx, dv, None, None, db, *[None]*7
+    return dx, None if dv is None else dv.to(ctx.dtypes[0]), None, None, db, *[None]*7
 
 conv2d_op.register_autograd(_conv2d_backward, setup_context=_conv2d_setup)
 
@@ -472,6 +498,9 @@ def _(x_shape, values_shape, *args, **kwargs): return 2*prod(x_shape[:-1])*value
 
 @register_flop_formula(torch.ops.fastsparse.linear_backward_weight)
 def _(x_shape, dy_shape, indptr_shape, indices_shape, *args, **kwargs): return 2*prod(x_shape[:-1])*indices_shape[0]
+
+@register_flop_formula(torch.ops.fastsparse.linear_backward)
+def _(x_shape, dy_shape, values_shape, *args, **kwargs): return 4*prod(x_shape[:-1])*values_shape[0]
 
 def _conv_flops(y_shape, nnz): return 2*prod(y_shape[:-3])*prod(y_shape[-2:])*nnz
 
@@ -483,6 +512,9 @@ def _(dy_shape, values_shape, *args, **kwargs): return _conv_flops(dy_shape, val
 
 @register_flop_formula(torch.ops.fastsparse.conv2d_backward_weight)
 def _(x_shape, dy_shape, indptr_shape, indices_shape, *args, **kwargs): return _conv_flops(dy_shape, indices_shape[0])
+
+@register_flop_formula(torch.ops.fastsparse.conv2d_backward)
+def _(x_shape, dy_shape, values_shape, *args, **kwargs): return 2*_conv_flops(dy_shape, values_shape[0])
 
 # %% ../nbs/05_layers.ipynb #68484e44
 class DenseFallbackWarning(UserWarning):
