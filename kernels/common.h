@@ -55,7 +55,7 @@ struct SddmmArgs {
     const float* val = nullptr;
     const uint32_t* perm = nullptr;
     float* out = nullptr;
-    i64 orow = 0;                      // distance between tile rows in out
+    i64 orow = 0;                      // distance between tile rows in out; shifted: between matrix rows
     bool first = false;
 };
 

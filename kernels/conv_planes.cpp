@@ -9,7 +9,7 @@ namespace fastsparse {
 namespace {
 
 constexpr i64 l2_floats = 256 * 1024, most_packed = 160 * 1024;
-constexpr i64 tile = 16;   // vectors of a tile of whole rows, at most
+constexpr i64 tile = 16, tile_both = 8;   // vectors of a tile of whole rows, at most; for both gradients at once
 
 // Pixels from the first to the last of n rows, in the pitch of the packed block; to the last one's end if shifted.
 i64 flat(const Gather& g, i64 rows, i64 cols) { return g.shifted ? rows * g.pw : (rows - 1) * g.pw + cols; }
@@ -80,8 +80,8 @@ template <class F> void each_tile(i64 n, int most, F&& f) {
 }
 
 // f(first row, vectors) for tiles of whole rows
-template <class F> void each_rows(const Gather& g, i64 rows, F&& f) {
-    const i64 row = g.pw / g.width, tiles = ceil_div(rows, tile / row);
+template <class F> void each_rows(const Gather& g, i64 rows, i64 most, F&& f) {
+    const i64 row = g.pw / g.width, tiles = ceil_div(rows, most / row);
     for (i64 t = 0, r = 0; t < tiles; ++t) {
         const i64 n = (rows - r) / (tiles - t);
         f(r, int(n * row));
@@ -138,16 +138,34 @@ struct Result {
     }
 };
 
+// The other factor of the weight gradient, if that is to come from the input gradient's sweep.
+struct Also {
+    const float* x; i64 pitch;         // the first pixel, zeros around the image; from channel to channel
+    float* dv; bool add;               // in the order in which the input gradient's values run
+};
+
 // The c-th chunk of rows of one phase of a block.
 void run_phase(const Isa& isa, const Gather& g, i64 phase, i64 c, i64 rows, const float* block, const float* values,
-               const float* bias, float* y, i64 ypitch, bool stream) {
+               const float* bias, float* y, i64 ypitch, bool stream, const Also* also) {
     const i64 cols = ceil_div(g.out_w - phase % g.ostep_x, g.ostep_x), W = g.width;
     if (cols <= 0) return;
     const Phase& ph = g.phase[phase];
     const Panels& ps = ph.panels;
     y -= (ps.row0 + c * ps.chunk) * ypitch;
+    if (also) {
+        each_rows(g, rows, tile_both, [&](i64 r, int n) {
+            const SddmmFn run = isa.find(op_both, 1, n, Lay::shifted).sddmm;
+            SddmmArgs k{block + r * g.pw, 1, 0, W, ph.off.data(), nullptr, 0, also->x + r * g.pw - ph.lane, also->pitch, 0, also->dv, also->add || r};
+            k.val = values + ph.begin; k.out = y + r * g.pw; k.orow = ypitch;
+            for (i64 p = 0; p < ps.n_panels; ++p) {
+                k.segs = ps.begin(c, p); k.nseg = ps.count(c, p); k.classes = ph.classes_of(k.segs); k.first = p == 0;
+                run(k);
+            }
+        });
+        return;
+    }
     if (g.shifted) {
-        each_rows(g, rows, [&](i64 r, int n) {
+        each_rows(g, rows, tile, [&](i64 r, int n) {
             const SpmmFn run = isa.find(op_spmm, 1, n, Lay::shifted).spmm;
             for (i64 p = 0; p < ps.n_panels; ++p)
                 run({block + r * g.pw, 1, 0, W, ph.off.data(), values + ph.begin, ps.begin(c, p), ps.count(c, p), y + r * g.pw, ypitch, 0, W, bias, p == 0,
@@ -163,16 +181,16 @@ void run_phase(const Isa& isa, const Gather& g, i64 phase, i64 c, i64 rows, cons
 }
 
 void run_chunk(const Isa& isa, const Gather& g, const Task& k, i64 c, const float* block, const float* values, const float* bias,
-               const Result& to, float* out) {
+               const Result& to, float* out, const Also* also) {
     const i64 chunk = g.row_chunk(), r0 = c * chunk, r1 = std::min(g.rows, r0 + chunk), plane = g.out_h * g.out_w;
     // Where results lie as in the image they need no scratch; sums of several panels had better not go to memory in between.
     if (g.direct && (!to.far || g.phase[0].panels.n_panels == 1))
-        return run_phase(isa, g, 0, c, k.t_rows, block, values, bias, out + r0 * plane + k.t0 * g.out_w, plane, to.far);
+        return run_phase(isa, g, 0, c, k.t_rows, block, values, bias, out + r0 * plane + k.t0 * g.out_w, plane, to.far, nullptr);
     for (i64 py = 0; py < g.ostep_y; ++py) {
         const i64 rows = std::min(k.t_rows, ceil_div(g.out_h - g.ostep_y * k.t0 - py, g.ostep_y));
         if (rows <= 0 || !to.has_products(py)) continue;
         for (i64 p = py * g.ostep_x; p < (py + 1) * g.ostep_x; ++p)
-            run_phase(isa, g, p, c, rows, block, values, bias, to.y + p * chunk * to.ypitch, to.ypitch, false);
+            run_phase(isa, g, p, c, rows, block, values, bias, to.y + p * chunk * to.ypitch, to.ypitch, false, also);
     }
     for (i64 i = 0; i < k.images; ++i) to.copy(to.y + i * g.slot, r1 - r0, k, out + (i * g.rows + r0) * plane);
 }
@@ -243,7 +261,7 @@ void set_expansion(Gather& g) {
         }
 }
 
-i64 planes_panel(const Gather& g) { return (g.shifted ? 11 : 9) * 1024 / (14 * g.width + (g.dy_max - g.dy_min) / g.istep_y * g.pw + g.width) / g.steps(); }
+i64 planes_panel(const Gather& g) { return (g.shifted ? 11 : 9) * 1024 / ((g.shifted && g.backward && g.phases() == 1 ? tile_both : 14) * g.width + (g.dy_max - g.dy_min) / g.istep_y * g.pw + g.width) / g.steps(); }
 
 i64 planes_offset(const Gather& g, i64 dy, i64 dx) {
     if (g.direct) return 0;
@@ -268,13 +286,13 @@ struct Room {
 };
 
 void gather_task(const Isa& isa, const Gather& g, const Room& room, i64 task, const float* in, i64 n, const float* values, const float* bias,
-                 float* own, float* out) {
+                 float* own, float* out, const Also* also = nullptr) {
     const Task k = task_of(g, task, n);
     const float* image = in + k.n0 * g.channels * g.in_h * g.in_w;
     if (!g.direct) pack_block(isa, g, image, k, own);
     const Result to{isa, g, own + room.packed, room.ypitch, own + room.packed + room.results, room.together, room.far};
     for (i64 c = 0; c < g.phase[0].panels.n_chunks; ++c)
-        run_chunk(isa, g, k, c, g.direct ? image + k.t0 * g.in_w : own, values, bias, to, out + k.n0 * g.rows * g.out_h * g.out_w);
+        run_chunk(isa, g, k, c, g.direct ? image + k.t0 * g.in_w : own, values, bias, to, out + k.n0 * g.rows * g.out_h * g.out_w, also);
     if (room.far) isa.fence();
 }
 
@@ -330,7 +348,7 @@ void sample_tiles(const Isa& isa, const Gather& g, const Task& k, const float* b
     const Phase& ph = g.phase[0];
     const Panels& ps = ph.panels;
     if (g.shifted) {
-        each_rows(g, k.t_rows, [&](i64 r, int n) {
+        each_rows(g, k.t_rows, tile, [&](i64 r, int n) {
             const SddmmFn run = isa.find(op_sddmm, 1, n, Lay::shifted).sddmm;
             for (i64 c = 0; c < ps.n_chunks; ++c)
                 for (i64 p = 0; p < ps.n_panels; ++p)
@@ -377,6 +395,13 @@ bool shares_gradient(const Gather& f, const Gather& b) {
     return (f.direct && b.direct) || (!f.direct && !b.direct && blocks && f.pw == b.pw && whole);
 }
 
+// Whether one sweep over the packed dy gives both gradients: what forward packs holds the image where the input gradient's tiles
+// want it, with zeros around.
+bool swept(const Isa& isa, const Gather& f, const Gather& b) {
+    return isa.both && f.shifted && f.side == 1 && b.pw / b.width <= tile_both && f.dy_min <= 0 && f.dy_max >= 0 && f.in_w - f.dx_min <= f.pw &&
+           -f.dy_min * f.pw - f.dx_min >= b.phase[0].lane;
+}
+
 // Both gradients image by image, so that dy is read and packed once.
 void backward_planes(const Isa& isa, const Gather& f, const Gather& b, const float* x, const float* dy, i64 n, const float* values,
                      float* dx, float* dvalues, int threads) {
@@ -386,6 +411,7 @@ void backward_planes(const Isa& isa, const Gather& f, const Gather& b, const flo
     Scratch space(scratch * threads), sums(f.shifted ? f.csr->nnz() : 0);
     const Values in_order(isa, b, values);
     values = in_order.data();
+    const bool at_once = swept(isa, f, b);
     sum_in_parts(isa, ceil_div(n, f.side), f.csr->nnz(), f.shifted ? sums.data() : dvalues, threads, [&](i64 i, i64 end, int slot, float* dv) {
         float *xp = space.data() + slot * scratch, *own = xp + packed;
         for (bool add = false; i < end; ++i) {
@@ -394,6 +420,13 @@ void backward_planes(const Isa& isa, const Gather& f, const Gather& b, const flo
                 for (i64 t = 0; t < b.blocks(); ++t) gather_task(isa, b, room, i * b.blocks() + t, dy, n, values, nullptr, own, dx);
             for (i64 t = 0; t < f.blocks(); ++t) {
                 const Task k = task_of(f, i * f.blocks() + t, n);
+                if (at_once) {
+                    pack_block(isa, f, image, k, xp);
+                    const Also also{xp - f.dy_min * f.pw - f.dx_min, f.plane, dv, add};
+                    gather_task(isa, b, room, i * b.blocks() + t, dy, n, values, nullptr, own, dx, &also);
+                    add = true;
+                    continue;
+                }
                 if (!f.direct) {
                     gather_task(isa, b, room, i * b.blocks() + t, dy, n, values, nullptr, own, dx);
                     pack_block(isa, f, image, k, xp);
@@ -402,7 +435,7 @@ void backward_planes(const Isa& isa, const Gather& f, const Gather& b, const flo
             }
         }
     });
-    if (f.shifted) put_back(f.phase[0], sums.data(), dvalues);
+    if (f.shifted) put_back((at_once ? b : f).phase[0], sums.data(), dvalues);
 }
 
 }  // namespace fastsparse

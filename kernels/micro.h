@@ -231,7 +231,7 @@ template <int TR, int TC, Lay LAY> static void both(const SddmmArgs& a) {
 #pragma GCC unroll 4
                 for (int q = 0; q < Q; ++q) {
                     V v = V::load(p[q] + T::at(xrow, xcol, i / TC, i % TC));
-                    V::keep(v);
+                    if (N > 4) V::keep(v);
                     product[q] = i ? V::fma(g[i], v, product[q]) : V::mul(g[i], v);
                     V& sum = acc[q < paired ? q % U : 0][i];
                     sum = V::fma(b[q], v, sum);
@@ -291,6 +291,30 @@ template <int N> static void spmm_shifted(const SpmmArgs& a) {
     }
 }
 
+// Vectors whose sums belong one after the other.
+struct InTurn {
+    static constexpr int W = V::W, floats = W * W;
+    float *products, *dv;
+    bool add;
+    int fill = 0;
+    InTurn(float* products, float* dv, bool add) : products(products), dv(dv), add(add) {}
+
+    inline void put(V v) {
+        V::store(products + fill * W, v);
+        if (++fill == W) finish();
+    }
+    inline void finish() {
+        if (!fill) return;
+        alignas(64) float buf[Reducer::floats], sums[W];
+        Reducer reducer(buf, sums);
+        for (const float* p = products; p < products + floats; p += 4 * W)
+            reducer.put(V::load(p), V::load(p + W), V::load(p + 2 * W), V::load(p + 3 * W));
+        copy_run(sums, fill, dv, add);
+        dv += fill;
+        fill = 0;
+    }
+};
+
 // The gradient's tile, as the first class wants it, moves down from class to class. Sums come in the order in which they belong.
 template <int N> static void sddmm_shifted(const SddmmArgs& a) {
     constexpr int W = V::W;
@@ -298,18 +322,8 @@ template <int N> static void sddmm_shifted(const SddmmArgs& a) {
     const float *x = a.x, *dy = a.y;
     const i32 *idx = static_cast<const i32*>(a.idx) + a.segs->start, *runs = a.classes.runs, *down = a.classes.down;
     const i64 ypitch = a.ypitch, classes = a.classes.n;
-    const bool add = a.add;
-    float* dv = a.dv + a.segs->start;
-    alignas(64) float products[W * W], buf[Reducer::floats], sums[W];
-    int fill = 0;
-    const auto reduce = [&](i64 n) {
-        Reducer reducer(buf, sums);
-        for (const float* p = products; p < products + W * W; p += 4 * W)
-            reducer.put(V::load(p), V::load(p + W), V::load(p + 2 * W), V::load(p + 3 * W));
-        copy_run(sums, n, dv, add);
-        dv += n;
-        fill = 0;
-    };
+    alignas(64) float products[InTurn::floats];
+    InTurn sums(products, a.dv + a.segs->start, a.add);
     for (const Seg *s = a.segs, *e = s + a.nseg; s != e; ++s, runs += classes) {
         const float* y = address(dy + s->row * ypitch);
         V g[N + 1];
@@ -324,12 +338,71 @@ template <int N> static void sddmm_shifted(const SddmmArgs& a) {
                 V acc = V::mul(g[0], V::load(p));
 #pragma GCC unroll 16
                 for (int i = 1; i < N; ++i) acc = V::fma(g[i], V::load(p + i * W), acc);
-                V::store(products + fill * W, acc);
-                if (++fill == W) reduce(W);
+                sums.put(acc);
             }
         }
     }
-    if (fill) reduce(fill);
+    sums.finish();
+}
+
+// spmm_shifted and sddmm_shifted of the same structure at once: the sums of one and the tile of the other move down together.
+template <int N> static void both_shifted(const SddmmArgs& a) {
+    constexpr int W = V::W;
+    if (!a.nseg) return;
+    const float *x = a.x, *other = a.y, *val = a.val + a.segs->start;
+    const i32 *idx = static_cast<const i32*>(a.idx) + a.segs->start, *runs = a.classes.runs, *down = a.classes.down;
+    const i64 pitch = a.ypitch, out_pitch = a.orow, classes = a.classes.n;
+    const bool first = a.first;
+    float* out = a.out;
+    alignas(64) float products[InTurn::floats];
+    InTurn sums(products, a.dv + a.segs->start, a.add);
+    for (const Seg *s = a.segs, *e = s + a.nseg; s != e; ++s, runs += classes) {
+        const float* y = address(other + s->row * pitch);
+        V g[N + 1], acc[N];
+#pragma GCC unroll 17
+        for (int i = 0; i <= N; ++i) g[i] = V::load(y + i * W);
+#pragma GCC unroll 16
+        for (int i = 0; i < N; ++i) acc[i] = V::zero();
+        const auto group = [&](auto count) __attribute__((always_inline)) {
+            constexpr int Q = decltype(count)::value;
+            const float* p[Q];
+            V b[Q], product[Q];
+#pragma GCC unroll 4
+            for (int q = 0; q < Q; ++q) {
+                p[q] = address(x + *idx++);
+                b[q] = V::set1(*val++);
+            }
+#pragma GCC unroll 16
+            for (int i = 0; i < N; ++i)
+#pragma GCC unroll 4
+                for (int q = 0; q < Q; ++q) {
+                    V v = V::load(p[q] + i * W);
+                    V::keep(v);
+                    product[q] = i ? V::fma(g[i], v, product[q]) : V::mul(g[i], v);
+                    acc[i] = V::fma(b[q], v, acc[i]);
+                }
+#pragma GCC unroll 4
+            for (int q = 0; q < Q; ++q) sums.put(product[q]);
+        };
+        const i32* begin = idx;
+        for (i64 c = 0; c < classes; ++c) {
+            i32 left = runs[c];
+            for (; left >= 4; left -= 4) group(Count<4>());
+            if (left & 2) group(Count<2>());
+            if (left & 1) group(Count<1>());
+            if (!down[c]) continue;
+            if (idx != begin)
+#pragma GCC unroll 16
+                for (int i = 0; i < N; ++i) acc[i] = V::from(acc[i], i + 1 < N ? acc[i + 1] : V::zero(), down[c]);
+            if (c + 1 < classes)
+#pragma GCC unroll 17
+                for (int i = 0; i <= N; ++i) g[i] = V::from(g[i], i < N ? g[i + 1] : V::zero(), down[c]);
+        }
+        float* to = const_cast<float*>(address(out + s->row * out_pitch));
+#pragma GCC unroll 16
+        for (int i = 0; i < N; ++i) V::store(to + i * W, V::add(acc[i], first ? V::zero() : V::load(to + i * W)));
+    }
+    sums.finish();
 }
 #endif
 
@@ -724,6 +797,7 @@ template <int TR, int TC, Lay LAY> struct Make {
 template <int N> struct Make<1, N, Lay::shifted> {
     static constexpr Kernel spmm(const char* dt) { return {"spmm", dt, 1, N, Lay::shifted, &spmm_shifted<N>, nullptr}; }
     static constexpr Kernel sddmm(const char* dt) { return {"sddmm", dt, 1, N, Lay::shifted, nullptr, &sddmm_shifted<N>}; }
+    static constexpr Kernel both(const char* dt) { return {"both", dt, 1, N, Lay::shifted, nullptr, &both_shifted<N>}; }
 };
 #endif
 
