@@ -141,18 +141,25 @@ def burst(run, seconds, now):
 
 def error(e): return f'{type(e).__name__}: {e}'
 
-def interleaved(runs, budget, rounds=3, failed=None):
-    "Median seconds of each of `runs`, in bursts taken in turns for about `budget` seconds; the order turns as well. Peers that fail are noted in `failed`"
+def interleaved(runs, budget, failed=None):
+    """For each of `runs` the median seconds of a burst, burst by burst, in about `budget` seconds. Bursts are taken in turns, and the order turns as well.
+
+    The machine may be half as fast for some seconds: bursts are as short as `budget` allows, so that those of one round meet the same conditions. Peers that fail are noted in `failed`"""
     times, names = {n: [] for n in runs}, list(runs)
+    def attempt(n, seconds):
+        try: return statistics.median(burst(runs[n], seconds, clock()))
+        except Exception as e:
+            if failed is None or not n.startswith('sparse'): raise
+            failed[n] = error(e)
+            del times[n]
+    once = sum(filter(None, [attempt(n, 0) for n in names]))
+    rounds = max(3, min(15, int(budget/4/once)))
     for i in range(rounds):
         for n in names[i % len(names):] + names[:i % len(names)]:
-            if n not in times: continue
-            try: times[n] += burst(runs[n], budget/rounds/len(runs), clock())
-            except Exception as e:
-                if failed is None or not n.startswith('sparse'): raise
-                failed[n] = error(e)
-                del times[n]
-    return {n: statistics.median(t) for n, t in times.items()}
+            if n in times and (t := attempt(n, budget/rounds/len(runs))): times[n].append(t)
+    return times
+
+def over(a, b): return statistics.median(x/y for x, y in zip(a, b))   # of bursts of the same round
 
 def measure(case, sparsity, budget, peers):
     "One point: seconds of every contender, and what follows from them"
@@ -168,14 +175,15 @@ def measure(case, sparsity, budget, peers):
     t = interleaved(runs, budget, failed=failed)
     return point(case, sparsity, int((w != 0).sum()), t, failed)
 
-def best(times, prefix): return min((t for n, t in times.items() if n.startswith(prefix) and 'bf16' not in n), default=None)
+def best(times, prefix): return min((t for n, t in times.items() if n.startswith(prefix) and 'bf16' not in n), key=statistics.median, default=None)
 
 def point(case, sparsity, nnz, times, failed):
-    dense, ours = best(times, 'dense'), times['fastsparse']
-    p = dict(case=str(case), kind=kind(case), sparsity=sparsity, nnz=nnz, seconds=times, failed=failed, dense_gflops=case.flops/dense/1e9,
-             gflops=case.flops*(nnz/(case.weight_shape[0]*case.flops_per_row()))/ours/1e9, over_dense=dense/ours, layer_over_dense=dense/times['fastsparse layer'])
+    seconds = {n: statistics.median(t) for n, t in times.items()}
+    dense, ours, layer = best(times, 'dense'), times['fastsparse'], times['fastsparse layer']
+    p = dict(case=str(case), kind=kind(case), sparsity=sparsity, nnz=nnz, seconds=seconds, rounds=len(ours), failed=failed, dense_gflops=case.flops/statistics.median(dense)/1e9,
+             gflops=case.flops*(nnz/(case.weight_shape[0]*case.flops_per_row()))/seconds['fastsparse']/1e9, over_dense=over(dense, ours), layer_over_dense=over(dense, layer))
     for peer in ('sparseprop', 'sparselab'):
-        if (t := best(times, peer)): p[f'over_{peer}'] = t/ours
+        if (t := best(times, peer)): p[f'over_{peer}'] = over(t, ours)
     return p
 
 def flops_per_row(self):
@@ -189,7 +197,7 @@ def gemm_peak():
     import torch
     a = torch.randn(1536, 1536)
     t = interleaved({'gemm': lambda: a @ a}, .5)['gemm']
-    return 2 * 1536**3 / t / 1e9
+    return 2 * 1536**3 / statistics.median(t) / 1e9
 
 def machine():
     import torch
@@ -262,8 +270,9 @@ def parts(case, sparsity):
     dy = torch.randn(case.batch, case.o, *([] if kind(case) == 'linear' else [case.hw//case.stride]*2))
     r = make_ours(case, w, x, dy)
     p, x, v, dy, y, dx, dv = r.plan, x.numpy(), r.v.detach().numpy(), dy.numpy(), torch.empty_like(dy).numpy(), torch.empty_like(x).numpy(), torch.empty_like(r.v).numpy()
-    t = interleaved({'forward': lambda: p.forward(x, v, None, y), 'dx': lambda: p.backward_input(dy, v, dx),
+    bursts = interleaved({'forward': lambda: p.forward(x, v, None, y), 'dx': lambda: p.backward_input(dy, v, dx),
                      'dvalues': lambda: p.backward_weight(x, dy, dv), 'both': lambda: p.backward(x, dy, v, dx, dv)}, .3)
+    t = {n: statistics.median(b) for n, b in bursts.items()}
     f = case.flops/3*len(v)/w.numel()/1e9
     print(f'{str(case):34} {slug(sparsity):7} ' + '  '.join(f'{n} {(2 if n == "both" else 1)*f/s:6.1f} ({1e3*s:.2f} ms)' for n, s in t.items()), flush=True)
 

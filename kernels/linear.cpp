@@ -98,6 +98,7 @@ struct Tiles {
     // Floats that a tile's sums of the weight gradient take where both gradients come from one sweep: a panel's of rows, or all.
     i64 sums() const {
         i64 n = 0;
+        if (pt.from.empty()) return n;
         for (size_t p = 1; p < pt.starts.size(); ++p) n = std::max(n, pt.starts[p] - (tall() ? pt.starts[p - 1] : 0));
         return n;
     }
@@ -138,7 +139,7 @@ struct Tiles {
         w.finish(out, y, 0, a.rows);
     }
 
-    bool swept(const Backward& k) const { return isa.both && k.dvalues && k.dx.data; }
+    bool swept(const Backward& k) const { return k.dvalues && k.dx.data && !pt.from.empty(); }
 
     void backward(i64 t, const Backward& k, float* xp, float* dxp, float* g, float* sums) const {
         const Work w(isa, b, t);
@@ -466,7 +467,7 @@ struct Shared {
     }
 
     void backward(const Csr& a, const Panels& ps, const Panels& pt, const Backward& k) const {
-        if (isa.both && k.dvalues && k.dx.data && shared_evenly(pt.n_chunks, threads)) return sweep(a, pt, k);
+        if (k.dvalues && k.dx.data && !pt.from.empty() && shared_evenly(pt.n_chunks, threads)) return sweep(a, pt, k);
         const Packing x(k.dvalues ? k.x : Source{nullptr, 0}, b), dy(k.dy, b);
         product(pt, k.values, nullptr, x, dy, k.dx);
         if (k.dbias) bias(a.rows, dy.data(), k.dbias);
@@ -499,17 +500,20 @@ LinearPlan::LinearPlan(const i64* indptr, i64 n_indptr, const i32* idx, i64 nnz,
 
 // A panel fits the L1 cache, unless that leaves too few nonzeros in a row of it to be worth loading the outputs again.
 std::shared_ptr<const Panels> LinearPlan::panels(bool transposed, i64 lanes, int threads) const {
+    const Isa& isa = current_isa();
     constexpr i64 l1_floats = 12 * 1024, l2_floats = 128 * 1024;
     constexpr double few = 12;
     const double density = double(nnz()) / std::max(1., double(rows()) * double(cols()));
     const i64 fits = l1_floats / lanes, most = l2_floats / lanes;
     const i64 want = std::clamp(density * most > few ? i64(few / density) : most, fits, most);
     const i64 width = want < row_chunk ? row_chunk / 2 : round_up(want - row_chunk / 2, row_chunk);
+    // Both gradients from one sweep: not for tiles that a small batch leaves narrow, unless nonzeros are few. They gain nothing, and positions take time.
+    const bool back = transposed && isa.both && lanes > tile_vectors(isa) / 2 * isa.width;
     std::lock_guard<std::mutex> guard(lock_);
     for (const auto& c : cache_)
-        if (c.transposed == transposed && c.panels->width == width) return c.panels;
+        if (c.transposed == transposed && c.panels->width == width && (c.panels->from.empty() != back || !nnz())) return c.panels;
     if (cache_.size() >= 8) cache_.erase(cache_.begin());
-    cache_.push_back({transposed, transposed ? std::make_shared<Panels>(Panels::transposed(w_, row_chunk, width, threads))
+    cache_.push_back({transposed, transposed ? std::make_shared<Panels>(Panels::transposed(w_, row_chunk, width, back, threads))
                                              : std::make_shared<Panels>(w_, 0, rows(), row_chunk, width, Panels::nearby, threads)});
     return cache_.back().panels;
 }

@@ -35,13 +35,13 @@ struct Panels {
     Raw<i32> idx;                 // the entries in this order, if asked for
     Raw<uint32_t> perm;           // and where they are in a; with `near` for a's columns
     Raw<uint16_t> near;           // each entry's column less its panel's first one, for Linear
-    // Of a transposed one: where each panel's entries begin, and, for each entry of a, where it is here.
+    // Of a transposed one: where each panel's entries begin, and, if asked for, where each entry of a is here.
     std::vector<i64> starts;
     Raw<uint32_t> from;
     enum Entries { none, reordered, nearby };
     Panels(const Csr& a, i64 row0, i64 row1, i64 chunk, i64 width, Entries entries, int threads = 1);
     // Of a's columns: near and perm in this order, each segment from a multiple of `apart` on, and each panel's part of a chunk from one of `block_apart`.
-    static Panels transposed(const Csr& a, i64 chunk, i64 width, int threads);
+    static Panels transposed(const Csr& a, i64 chunk, i64 width, bool back, int threads);
     static constexpr i64 apart = 4, block_apart = 16;
     const Seg* begin(i64 c, i64 p) const { return segs.data() + at[c * n_panels + p].from; }
     i64 count(i64 c, i64 p) const { return at[c * n_panels + p].to - at[c * n_panels + p].from; }

@@ -147,7 +147,7 @@ struct Block {
                 const uint32_t at = to[a.idx[k]]++;
                 near[at] = uint16_t(r - r0);
                 perm[at] = uint32_t(k);
-                from[k] = at;
+                if (from) from[k] = at;
             }
             next[r - r0] = k;
         }
@@ -185,11 +185,11 @@ void Panels::transpose(const Csr& a, i64 p, Part& part) {
         const i64 first = used;
         for (i64 c = c0; c < c1; c += chunk) used = part.append_columns(c, std::min(c1, c + chunk), p == 0, used, block.to);
         for (i64 k = first; k < used; k += 16) { __builtin_prefetch(&near[k], 1); __builtin_prefetch(&perm[k], 1); }
-        block.store(c1, near.data(), perm.data(), from.data());
+        block.store(c1, near.data(), perm.data(), from.empty() ? nullptr : from.data());
     }
 }
 
-Panels Panels::transposed(const Csr& a, i64 chunk, i64 width, int threads) {
+Panels Panels::transposed(const Csr& a, i64 chunk, i64 width, bool back, int threads) {
     check_near(width);
     Panels t(a.cols, a.rows, 0, a.cols, chunk, width);
     std::vector<Part> parts(t.n_panels);
@@ -198,7 +198,7 @@ Panels Panels::transposed(const Csr& a, i64 chunk, i64 width, int threads) {
     if (t.starts.back() > most_positions) throw std::overflow_error("more nonzeros in one layer than positions of 32 bits");
     t.near.resize(t.starts.back());
     t.perm.resize(t.starts.back());
-    t.from.resize(a.idx.size());
+    if (back) t.from.resize(a.idx.size());
     parallel_for(t.n_panels, threads, [&](i64 p, int) { t.transpose(a, p, parts[p]); });
     t.join(parts, 1, t.n_panels);
     return t;
