@@ -74,7 +74,7 @@ struct Isa {
     const char* name;
     int width;                 // floats in a vector
     int max_spmm, max_sddmm;   // vectors in the largest tile that stays in registers
-    bool both;                 // are there kernels for both gradients of Linear at once?
+    bool both;                 // are there kernels for both gradients at once?
     const Kernel* kernels; int n_kernels;
     // dst[c*dst_pitch + r] = src[r*src_pitch + c], rows padded with zeros up to a whole vector; off, if given, replaces c*dst_pitch
     void (*pack)(const float* src, i64 src_pitch, i64 rows, i64 cols, float* dst, i64 dst_pitch, const i32* off);
