@@ -261,7 +261,10 @@ void set_expansion(Gather& g) {
         }
 }
 
-i64 planes_panel(const Gather& g) { return (g.shifted ? 11 : 9) * 1024 / ((g.shifted && g.backward && g.phases() == 1 ? tile_both : 14) * g.width + (g.dy_max - g.dy_min) / g.istep_y * g.pw + g.width) / g.steps(); }
+i64 planes_panel(const Gather& g) {
+    const i64 vectors = g.shifted && g.backward && g.side == 1 && g.phases() == 1 ? tile_both : 14;
+    return (g.shifted ? 11 : 9) * 1024 / (vectors * g.width + (g.dy_max - g.dy_min) / g.istep_y * g.pw + g.width) / g.steps();
+}
 
 i64 planes_offset(const Gather& g, i64 dy, i64 dx) {
     if (g.direct) return 0;

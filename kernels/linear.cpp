@@ -84,6 +84,7 @@ struct Backward {
     Target dx;
     float *dvalues, *dbias;        // null where not wanted, as dx.data may be
     bool add;                      // to what earlier tiles left in dvalues and dbias
+    bool swept(const Panels& pt) const { return dvalues && dx.data && !pt.from.empty(); }   // both gradients at once
 };
 
 // One tile from input to output, the longer side of the weight a block at a time, so that what was packed is still in
@@ -139,12 +140,10 @@ struct Tiles {
         w.finish(out, y, 0, a.rows);
     }
 
-    bool swept(const Backward& k) const { return k.dvalues && k.dx.data && !pt.from.empty(); }
-
     void backward(i64 t, const Backward& k, float* xp, float* dxp, float* g, float* sums) const {
         const Work w(isa, b, t);
-        if (tall()) swept(k) ? sweep_rows(w, k, xp, dxp, g, sums) : backward_rows(w, k, xp, dxp, g);
-        else swept(k) ? sweep_cols(w, k, xp, dxp, g, sums) : backward_cols(w, k, xp, dxp, g);
+        if (k.swept(pt)) tall() ? sweep_rows(w, k, xp, dxp, g, sums) : sweep_cols(w, k, xp, dxp, g, sums);
+        else tall() ? backward_rows(w, k, xp, dxp, g) : backward_cols(w, k, xp, dxp, g);
     }
 
     const float* packed_dy(const Work& w, const Backward& k, i64 r0, i64 r1, float* scratch) const {
@@ -467,7 +466,7 @@ struct Shared {
     }
 
     void backward(const Csr& a, const Panels& ps, const Panels& pt, const Backward& k) const {
-        if (k.dvalues && k.dx.data && !pt.from.empty() && shared_evenly(pt.n_chunks, threads)) return sweep(a, pt, k);
+        if (k.swept(pt) && shared_evenly(pt.n_chunks, threads)) return sweep(a, pt, k);
         const Packing x(k.dvalues ? k.x : Source{nullptr, 0}, b), dy(k.dy, b);
         product(pt, k.values, nullptr, x, dy, k.dx);
         if (k.dbias) bias(a.rows, dy.data(), k.dbias);

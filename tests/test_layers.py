@@ -751,6 +751,15 @@ class TestModule:
         torch.library.opcheck(op.default, args, test_utils=('test_schema', 'test_autograd_registration', 'test_faketensor', 'test_aot_dispatch_dynamic'))
 
     @needs_kernels
+    def test_operators_give_each_gradient_alone(self, m):
+        x,w = input_of(m),m.weight.detach()
+        def grads(need_x, need_w):
+            a,b = x.detach().requires_grad_(need_x),w.clone().requires_grad_(need_w)
+            y = m.geometry.op(a, b, m.indptr, m.indices, m.bias)
+            return torch.autograd.grad(y, [t for t in (a,b) if t.requires_grad], torch.ones_like(y))
+        for got,want in zip((*grads(True, False), *grads(False, True)), grads(True, True)): torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+    @needs_kernels
     def test_flops_are_those_of_the_nonzeros(self, m):
         x = input_of(m).requires_grad_()
         with FlopCounterMode(display=False) as dense_fwd: m.to_dense()(x)
