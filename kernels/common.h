@@ -15,7 +15,7 @@ using i32 = int32_t;
 using i64 = int64_t;
 using bf16 = uint16_t;  // the upper half of a float
 
-// A run of nonzeros that belong to one output row: entries start .. start+n of the index and value arrays.
+// A run of nonzeros that belong to one output row: entries start .. start+n of the values, and of the indices if these aren't in turn.
 struct Seg { uint32_t start; i32 row, n; };
 
 // How tiles lie in memory. packed: as Linear packs a batch, tile after tile without a gap, indices having 16 bits; unit: neighbouring tile

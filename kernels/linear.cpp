@@ -59,12 +59,12 @@ struct Work {
     }
     // y[row, lane] (+)= chunk c, panel p, of the weight or its transpose, times x[column, lane]
     void multiply(const Panels& ps, i64 c, i64 p, const float* values, const float* bias, const float* x, float* y) const {
-        isa.find(op_spmm, 1, int(lanes / b.width), Lay::packed).spmm({x + p * ps.width * lanes, lanes, 0, b.width, ps.near.data(), values,
+        isa.find(op_spmm, 1, int(lanes / b.width), Lay::packed).spmm({x + p * ps.width * lanes, lanes, 0, b.width, ps.entries(c, p), values,
             ps.begin(c, p), ps.count(c, p), y, lanes, 0, b.width, bias, p == 0, ps.perm.empty() ? nullptr : ps.perm.data(), half});
     }
     void sample(const Csr& a, const Panels& ps, i64 c, i64 p, const float* x, const float* dy, float* dvalues, bool add) const {
         const int parts = int(b.lanes(t) / lanes);   // of which this is the first
-        isa.find(op_sddmm, parts, int(lanes / b.width), Lay::packed).sddmm({x + p * ps.width * lanes, lanes, lanes * a.cols, b.width, ps.near.data(),
+        isa.find(op_sddmm, parts, int(lanes / b.width), Lay::packed).sddmm({x + p * ps.width * lanes, lanes, lanes * a.cols, b.width, ps.entries(c, p),
             ps.begin(c, p), ps.count(c, p), dy, lanes, lanes * a.rows, dvalues, add});
     }
     // Both gradients at once: chunk c, panel p, of the transposed weight. dx's parts, if there are two, are `apart` floats from each other;

@@ -12,6 +12,7 @@ template <int TR, int TC, Lay LAY> struct Tile {
     static constexpr int N = TR * TC, W = V::W;
     static constexpr int U = N >= 8 ? 1 : N >= 4 ? 2 : 4;
     using Index = typename Indices<LAY>::type;
+    static constexpr bool in_turn = LAY == Lay::packed;   // indices lie in the order in which they run
     static inline i64 at(const i64 row, const i64 col, int r, int c) { return r * row + c * (LAY == Lay::strided ? col : (i64)W); }
     static inline i64 step(i64 given) { return LAY == Lay::packed ? TC * W : given; }   // from index to index, from row to row
 };
@@ -39,10 +40,14 @@ template <int TR, int TC, Lay LAY, bool PERM, bool FIRST, int U> static void spm
     float* out = a.y;
     for (const Seg *s = a.segs, *e = s + a.nseg; s != e; ++s) {
         const i64 start = s->start, row = s->row, n = s->n;
-        const Index* idx = indices + start;
+        const Index* idx = indices + (T::in_turn && !PERM ? 0 : start);
+        if (T::in_turn && !PERM) indices += n;
         const float* val = PERM ? values : values + start;
         const uint32_t* perm = PERM ? a.perm + start : nullptr;
-        if (!PERM && s + ahead < e) { prefetch(indices + s[ahead].start); prefetch(values + s[ahead].start); }
+        if (!PERM && s + ahead < e) {
+            if (!T::in_turn) prefetch(indices + s[ahead].start);
+            prefetch(values + s[ahead].start);
+        }
         V acc[U][N];
         const V init = FIRST && bias ? V::set1(bias[row]) : V::zero();
 #pragma GCC unroll 4
@@ -135,7 +140,7 @@ template <int TR, int TC, Lay LAY> static void sddmm(const SddmmArgs& a) {
     constexpr i64 room = 512;              // sums that are collected before they are copied
     const i64 scale = T::step(a.scale), xrow = a.xrow, xcol = a.xcol, ypitch = T::step(a.ypitch), yrow = a.yrow;
     const float *x = a.x, *dy = a.y;
-    const Index* idx = static_cast<const Index*>(a.idx);
+    const Index* indices = static_cast<const Index*>(a.idx);
     float* dv = a.dv;
     const bool add = a.add;
     const auto padded = [](i64 n) { return (n + 3) & ~i64(3); };
@@ -155,13 +160,14 @@ template <int TR, int TC, Lay LAY> static void sddmm(const SddmmArgs& a) {
             left -= padded(n);
             const float* y = address(dy + s->row * ypitch);
             if (s + 2 * ahead < e) {
-                prefetch(idx + s[2 * ahead].start);
+                if (!T::in_turn) prefetch(indices + s[2 * ahead].start);
                 __builtin_prefetch(dv + s[2 * ahead].start, 1);
             }
             V g[N];
 #pragma GCC unroll 16
             for (int i = 0; i < N; ++i) g[i] = V::load(y + (i / TC) * yrow + (i % TC) * W);
-            const Index *k = idx + s->start + done, *end = k + n;
+            const Index *k = indices + (T::in_turn ? 0 : s->start + done), *end = k + n;
+            if (T::in_turn) indices += n;
             const auto product = [&](const Index* at) {
                 const float* p = address(x + *at * scale);
                 V acc = V::mul(g[0], V::load(p));

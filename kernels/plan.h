@@ -34,9 +34,9 @@ struct Panels {
     std::vector<Range> at;        // the segments of (chunk, panel)
     Raw<i32> idx;                 // the entries in this order, if asked for
     Raw<uint32_t> perm;           // and where they are in a; with `near` for a's columns
-    Raw<uint16_t> near;           // each entry's column less its panel's first one, for Linear
-    // Of a transposed one: where each panel's entries begin, and, if asked for, where each entry of a is here.
-    std::vector<i64> starts;
+    Raw<uint16_t> near;           // each entry's column less its panel's first one, in this order, for Linear
+    std::vector<i64> starts;      // where in it each (chunk, panel) begins; of a transposed one, where each panel does
+    // Of a transposed one, if asked for: where each entry of a is here.
     Raw<uint32_t> from;
     enum Entries { none, reordered, nearby };
     Panels(const Csr& a, i64 row0, i64 row1, i64 chunk, i64 width, Entries entries, int threads = 1);
@@ -44,6 +44,7 @@ struct Panels {
     static Panels transposed(const Csr& a, i64 chunk, i64 width, bool back, int threads);
     static constexpr i64 apart = 4, block_apart = 16;
     const Seg* begin(i64 c, i64 p) const { return segs.data() + at[c * n_panels + p].from; }
+    const uint16_t* entries(i64 c, i64 p) const { return near.data() + (perm.empty() ? starts[c * n_panels + p] : 0); }
     i64 count(i64 c, i64 p) const { return at[c * n_panels + p].to - at[c * n_panels + p].from; }
 private:
     // The segments of a chunk, panel by panel, or of a panel, chunk by chunk: what one task makes.

@@ -79,26 +79,30 @@ static void check_near(i64 width) {
     if (width > i64(std::numeric_limits<uint16_t>::max()) + 1) throw std::logic_error("a panel is too wide for 16 bits");
 }
 
-// near[k] = idx[k] - first for n entries, and for up to 15 more where `over` says that these are written later.
-static void store_near(const i32* idx, i64 n, i64 first, bool over, uint16_t* near) {
+// The columns of a block's segments, counted from the panel's first, one after the other from `to` on. 16 at a time where what is written
+// and read over a segment's end is another's; what is written there is written again.
+static void store_near(const Csr& a, const Seg* s, const Seg* end, i64 first, i64 to, i64 limit, uint16_t* near) {
     constexpr i64 step = 16;
-    i64 k = 0;
-    for (const i64 whole = over ? n : n - step + 1; k < whole; k += step)
-        for (i64 i = 0; i < step; ++i) near[k + i] = uint16_t(idx[k + i] - first);
-    for (; k < n; ++k) near[k] = uint16_t(idx[k] - first);
+    for (; s < end; to += s->n, ++s) {
+        const i32* idx = a.idx.data() + s->start;
+        const i64 over = std::min(a.nnz() - s->start, limit - to), whole = over >= s->n + step ? s->n : s->n - step + 1;
+        i64 k = 0;
+        for (; k < whole; k += step)
+            for (i64 i = 0; i < step; ++i) near[to + k + i] = uint16_t(idx[k + i] - first);
+        for (; k < s->n; ++k) near[to + k] = uint16_t(idx[k] - first);
+    }
 }
 
 Panels::Panels(const Csr& a, i64 row0, i64 row1, i64 chunk, i64 width, Entries entries, int threads)
     : Panels(a.rows, a.cols, row0, row1, chunk, width) {
     std::vector<Part> parts(n_chunks);
-    if (entries == nearby) { check_near(width); near.resize(a.idx.size()); }
+    if (entries == nearby) { check_near(width); near.resize(a.idx.size()); starts.resize(size_t(n_chunks * n_panels)); }
     parallel_for(n_chunks, threads, [&](i64 c, int) {
         const i64 r0 = row0 + c * chunk, r1 = std::min(row1, r0 + chunk), rows = r1 - r0;
         std::vector<i32> count(size_t(rows * n_panels));
         for (i64 r = 0; r < rows; ++r)
             for (i64 p = 0, k = a.indptr[r0 + r], end = a.indptr[r0 + r + 1]; p < n_panels; ++p) {
                 const i64 n = p == n_panels - 1 ? end - k : below(a.idx.data() + k, end - k, i32((p + 1) * width));
-                if (entries == nearby) store_near(a.idx.data() + k, n, p * width, k + n + 16 <= a.indptr[r1], near.data() + k);
                 count[p * rows + r] = i32(n);
                 k += n;
             }
@@ -106,12 +110,18 @@ Panels::Panels(const Csr& a, i64 row0, i64 row1, i64 chunk, i64 width, Entries e
         Part& part = parts[c];
         part.in.resize(size_t(rows));
         part.segs.resize(size_t(rows + std::min(rows * (n_panels - 1), a.indptr[r1] - a.indptr[r0])));
-        for (i64 p = 0; p < n_panels; ++p) {
+        for (i64 p = 0, used = next.empty() ? 0 : next[0]; p < n_panels; ++p) {
+            const i64 start = used;
             for (i64 r = 0; r < rows; ++r) {
-                part.in[r] = {uint32_t(next[r]), i32(r0 + r), count[p * rows + r]};
-                next[r] += count[p * rows + r];
+                const i32 n = count[p * rows + r];
+                part.in[r] = {uint32_t(next[r]), i32(r0 + r), n};
+                next[r] += n;
+                used += n;
             }
             part.append(p == 0);
+            if (entries != nearby) continue;
+            starts[c * n_panels + p] = start;
+            store_near(a, part.segs.data() + part.at[p], part.segs.data() + part.at[p + 1], p * width, start, a.indptr[r1], near.data());
         }
     });
     join(parts, n_panels, 1);
