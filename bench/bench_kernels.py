@@ -77,6 +77,20 @@ def make_ours(case, w, x, dy, layout=None):
     run.plan, run.x, run.v, run.dy = plan, x, v, dy
     return run
 
+def make_products(case, w, x, dy):
+    "The three products of a Linear layer without autograd, into memory that is there: dense, and ours"
+    import torch
+    ours = make_ours(case, w, x, dy)
+    plan, v, y, dx, dw, dv = ours.plan, ours.v.detach(), torch.empty_like(dy), torch.empty_like(x), torch.empty_like(w), torch.empty_like(ours.v)
+    def dense():
+        torch.mm(x, w.T, out=y)
+        torch.mm(dy, w, out=dx)
+        torch.mm(dy.T, x, out=dw)
+    def sparse():
+        plan.forward(x, v, None, y)
+        plan.backward(x, dy, v, dx, dv)
+    return dense, sparse
+
 def _module(m, x, dy):
     import torch
     x, ps = x.detach().requires_grad_(), [p for p in m.parameters() if p.requires_grad]
@@ -109,6 +123,8 @@ def contenders(case, w, x, dy, peers):
     if 'ONEDNN_MAX_CPU_ISA' not in os.environ: yield 'dense bf16', lambda: make_dense(case, w, x, dy, 'channels_last' if kind(case) == 'conv' else 'contiguous', torch.bfloat16)
     yield 'fastsparse', lambda: make_ours(case, w, x, dy)
     yield 'fastsparse layer', lambda: make_layer(case, w, x, dy)
+    if kind(case) == 'linear':
+        for i, n in enumerate(('products dense', 'products fastsparse')): yield n, lambda i=i: make_products(case, w, x, dy)[i]
     if not peers: return
     if kind(case) == 'linear':
         yield 'sparseprop', lambda: make_sparseprop(case, w, x, dy)
@@ -182,6 +198,7 @@ def point(case, sparsity, nnz, times, failed):
     dense, ours, layer = best(times, 'dense'), times['fastsparse'], times['fastsparse layer']
     p = dict(case=str(case), kind=kind(case), sparsity=sparsity, nnz=nnz, seconds=seconds, rounds=len(ours), failed=failed, dense_gflops=case.flops/statistics.median(dense)/1e9,
              gflops=case.flops*(nnz/(case.weight_shape[0]*case.flops_per_row()))/seconds['fastsparse']/1e9, over_dense=over(dense, ours), layer_over_dense=over(dense, layer))
+    if 'products dense' in times: p['products_over_dense'] = over(times['products dense'], times['products fastsparse'])
     for peer in ('sparseprop', 'sparselab'):
         if (t := best(times, peer)): p[f'over_{peer}'] = over(t, ours)
     return p
@@ -222,6 +239,7 @@ def summary(points):
         for s in sorted({p['sparsity'] for p in points if p['kind'] == k}):
             ps = [p for p in points if p['kind'] == k and p['sparsity'] == s]
             row = dict(kind=k, sparsity=s, over_dense=geomean([p['over_dense'] for p in ps]), layer_over_dense=geomean([p['layer_over_dense'] for p in ps]), target=TARGETS[k].get(s))
+            if k == 'linear': row['products_over_dense'] = geomean([p['products_over_dense'] for p in ps])
             for peer in ('sparseprop', 'sparselab'):
                 rs = [p[f'over_{peer}'] for p in ps if f'over_{peer}' in p]
                 if rs: row |= {f'over_{peer}': geomean(rs), f'least_over_{peer}': min(rs)}
@@ -229,7 +247,9 @@ def summary(points):
     return out
 
 def show(p, peak=None):
-    line = f"{p['case']:34} {slug(p['sparsity']):7} {p['over_dense']:6.2f}x dense (layer {p['layer_over_dense']:5.2f}x) {p['gflops']:6.1f} GFLOP/s"
+    line = f"{p['case']:34} {slug(p['sparsity']):7} {p['over_dense']:6.2f}x dense (layer {p['layer_over_dense']:5.2f}x"
+    if 'products_over_dense' in p: line += f", products {p['products_over_dense']:5.2f}x"
+    line += f") {p['gflops']:6.1f} GFLOP/s"
     if peak: line += f" {100*p['gflops']/peak:4.0f} % of peak"
     for peer in ('sparseprop', 'sparselab'):
         if f'over_{peer}' in p: line += f"  {p[f'over_{peer}']:5.2f}x {peer}"
