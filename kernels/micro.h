@@ -412,66 +412,77 @@ template <int N> static void both_shifted(const SddmmArgs& a) {
 }
 #endif
 
-// A W x W block at s, transposed; lanes beyond nr rows and nc columns are zero.
-static inline void load_block(const float* s, i64 pitch, i64 nr, i64 nc, V* t) {
-    if (nr == V::W && nc == V::W) { V::load_transposed(s, pitch, t); return; }
-    for (int i = 0; i < V::W; ++i) t[i] = i < nr ? V::load_first(s + i * pitch, nc) : V::zero();
-    V::transpose(t);
+// The blocks of n rows and m columns, so many side by side at a time. whole(row, col) for those of W x W, part(row, col, rows, cols) at the ends.
+template <class Whole, class Part> static inline void each_block(i64 n, i64 m, int side, Whole&& whole, Part&& part) {
+    constexpr i64 W = V::W;
+    for (i64 r0 = 0; r0 < n; r0 += side * W)
+        for (i64 c = 0; c < m; c += W)
+            for (i64 r = r0; r < n && r < r0 + side * W; r += W) {
+                if (n - r >= W && m - c >= W) whole(r, c);
+                else part(r, c, n - r < W ? n - r : W, m - c < W ? m - c : W);
+            }
 }
 
-// load(row, col, rows, cols, t) brings a block, transposed.
-template <class Load> static inline void pack_blocks(i64 rows, i64 cols, float* dst, i64 dst_pitch, const i32* off, Load&& load) {
-    constexpr int W = V::W;
-    V t[W];
-    for (i64 r = 0; r < rows; r += W) {
-        const i64 nr = rows - r < W ? rows - r : W;
-        for (i64 c = 0; c < cols; c += W) {
-            const i64 nc = cols - c < W ? cols - c : W;
-            load(r, c, nr, nc, t);
-            if (off)
-                for (i64 j = 0; j < nc; ++j) V::store(dst + off[c + j] + r, t[j]);
-            else if (nc == W)
+// n columns of a block to their places.
+static inline __attribute__((always_inline)) void put_columns(const V* t, i64 n, float* dst, i64 dst_pitch, const i32* off) {
+    if (off)
 #pragma GCC unroll 16
-                for (int j = 0; j < W; ++j) V::store(dst + (c + j) * dst_pitch + r, t[j]);
-            else
-                for (i64 j = 0; j < nc; ++j) V::store(dst + (c + j) * dst_pitch + r, t[j]);
-        }
-    }
+        for (i64 j = 0; j < n; ++j) V::store(dst + off[j], t[j]);
+    else
+#pragma GCC unroll 16
+        for (i64 j = 0; j < n; ++j) V::store(dst + j * dst_pitch, t[j]);
 }
 
 static void pack(const float* src, i64 src_pitch, i64 rows, i64 cols, float* dst, i64 dst_pitch, const i32* off) {
-    pack_blocks(rows, cols, dst, dst_pitch, off, [&](i64 r, i64 c, i64 nr, i64 nc, V* t) { load_block(src + r * src_pitch + c, src_pitch, nr, nc, t); });
-}
-
-static void pack_gated(const float* src, const float* by, i64 src_pitch, i64 rows, i64 cols, float* dst, i64 dst_pitch) {
-    pack_blocks(rows, cols, dst, dst_pitch, nullptr, [&](i64 r, i64 c, i64 nr, i64 nc, V* t) {
-        for (int i = 0; i < V::W; ++i) {
-            const i64 at = (r + i) * src_pitch + c;
-            t[i] = i >= nr ? V::zero() : nc == V::W ? V::gate(V::load(by + at), V::load(src + at)) : V::gate(V::load_first(by + at, nc), V::load_first(src + at, nc));
-        }
+    const auto place = [&](i64 r, i64 c) { return dst + r + (off ? 0 : c * dst_pitch); };
+    const auto places = [&](i64 c) { return off ? off + c : nullptr; };
+    each_block(rows, cols, 2, [&](i64 r, i64 c) {
+        V t[V::W];
+        V::load_transposed(src + r * src_pitch + c, src_pitch, t);
+        put_columns(t, V::W, place(r, c), dst_pitch, places(c));
+    }, [&](i64 r, i64 c, i64 nr, i64 nc) {
+        V t[V::W];
+        for (int i = 0; i < V::W; ++i) t[i] = i < nr ? V::load_first(src + (r + i) * src_pitch + c, nc) : V::zero();
         V::transpose(t);
+        put_columns(t, nc, place(r, c), dst_pitch, places(c));
     });
 }
 
-static void unpack(const float* src, i64 src_pitch, i64 rows, i64 cols, float* dst, i64 dst_pitch) {
-    constexpr int W = V::W;
-    V t[W];
-    for (i64 c = 0; c < cols; c += W) {
-        const i64 nc = cols - c < W ? cols - c : W;
-        for (i64 r = 0; r < rows; r += W) {
-            const i64 nr = rows - r < W ? rows - r : W;
-            float* d = dst + c * dst_pitch + r;
-            for (int i = 0; i < W; ++i) __builtin_prefetch(d + (i + W) * dst_pitch, 1);
-            load_block(src + r * src_pitch + c, src_pitch, nr, W, t);
-            if (nr == W && nc == W)
+static void pack_gated(const float* src, const float* by, i64 src_pitch, i64 rows, i64 cols, float* dst, i64 dst_pitch) {
+    each_block(rows, cols, 2, [&](i64 r, i64 c) {
+        V t[V::W];
 #pragma GCC unroll 16
-                for (int j = 0; j < W; ++j) V::store(d + j * dst_pitch, t[j]);
-            else if (nr == W)
-                for (i64 j = 0; j < nc; ++j) V::store(d + j * dst_pitch, t[j]);
-            else
-                for (i64 j = 0; j < nc; ++j) V::store_first(d + j * dst_pitch, t[j], nr);
+        for (int i = 0; i < V::W; ++i) {
+            const i64 at = (r + i) * src_pitch + c;
+            t[i] = V::gate(V::load(by + at), V::load(src + at));
         }
-    }
+        V::transpose(t);
+        put_columns(t, V::W, dst + c * dst_pitch + r, dst_pitch, nullptr);
+    }, [&](i64 r, i64 c, i64 nr, i64 nc) {
+        V t[V::W];
+        for (int i = 0; i < V::W; ++i) {
+            const i64 at = (r + i) * src_pitch + c;
+            t[i] = i < nr ? V::gate(V::load_first(by + at, nc), V::load_first(src + at, nc)) : V::zero();
+        }
+        V::transpose(t);
+        put_columns(t, nc, dst + c * dst_pitch + r, dst_pitch, nullptr);
+    });
+}
+
+// src's rows can be read up to whole vectors.
+static void unpack(const float* src, i64 src_pitch, i64 rows, i64 cols, float* dst, i64 dst_pitch) {
+    each_block(cols, rows, 1, [&](i64 c, i64 r) {
+        V t[V::W];
+        if (V::W < 16)   // lines that are written in parts had better be there
+            for (int i = 0; i < V::W; ++i) __builtin_prefetch(dst + (c + V::W + i) * dst_pitch + r, 1);
+        V::load_transposed(src + r * src_pitch + c, src_pitch, t);
+        put_columns(t, V::W, dst + c * dst_pitch + r, dst_pitch, nullptr);
+    }, [&](i64 c, i64 r, i64 nc, i64 nr) {
+        V t[V::W];
+        for (int i = 0; i < V::W; ++i) t[i] = i < nr ? V::load(src + (r + i) * src_pitch + c) : V::zero();
+        V::transpose(t);
+        for (i64 j = 0; j < nc; ++j) V::store_first(dst + (c + j) * dst_pitch + r, t[j], nr);
+    });
 }
 
 // dst[r, left + c] = src[r, c], zeros around it. Rows are written in order, so that each may run over into the next.
