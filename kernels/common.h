@@ -108,8 +108,8 @@ struct Isa {
     void (*stream)(const float* src, i64 n, float* dst);                       // a copy past the caches
     void (*fence)();                                                           // after all that went past them
     // For each of the planes dst[i*W + lane] = the next float from src + at[i] for each lane in keep[i]; the others are zero, or stay as they
-    // are if `more`. Null where slow
-    void (*expand)(const float* const* src, int planes, const i32* at, const uint16_t* keep, i64 n, bool more, float* const* dst);
+    // are if `more`. `runs`: keep's lanes are neighbours, and lane 0 would be src[at[i]]. Null where slow
+    void (*expand)(const float* const* src, int planes, const i32* at, const uint16_t* keep, i64 n, bool runs, bool more, float* const* dst);
     // crop to rows that follow each other, past the caches, for at least a vector of columns; null where slow
     void (*crop_stream)(const float* src, i64 src_pitch, i64 rows, i64 cols, float* dst);
     // Batch normalisation, float by float; s1 and s2 collect, all others hold a channel's number for each of its floats.

@@ -38,6 +38,7 @@ struct Gather {
     std::vector<char> used_step;       // planes: the phases of the stride that a tap reads
     std::vector<i32> from;             // planes, shifted or of whole images, without stride: where in its image each vector of a channel starts,
     std::vector<uint16_t> keep;        // and which of its lanes are pixels; one image after the other, if several lie side by side
+    bool in_runs = false;              // these lanes are neighbours in every vector, which starts where its lane 0 would be
     bool direct;                       // planes: the image itself serves as the packed block
     bool shifted = false;              // planes: rows are whole vectors, so that all loads are aligned
     i64 images;                        // planes: how many there are, up to most_side

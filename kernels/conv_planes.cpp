@@ -60,7 +60,7 @@ void pack_images(const Isa& isa, const Gather& g, const float* in, const Task& k
         for (; c < g.channels && m < most; ++c)
             if (g.used[c]) { src[m] = in + c * plane; dst[m++] = block + c * g.plane; }
         for (i64 i = 0; i < k.images; ++i) {
-            isa.expand(src, m, g.from.data() + i * all + first, g.keep.data() + i * all + first, n, i > 0, dst);
+            isa.expand(src, m, g.from.data() + i * all + first, g.keep.data() + i * all + first, n, g.in_runs, i > 0, dst);
             for (int j = 0; j < m; ++j) src[j] += g.channels * plane;
         }
     }
@@ -247,6 +247,7 @@ void set_expansion(Gather& g) {
     const i64 rows = g.blocks() * g.block + g.dy_max - g.dy_min, vectors = g.shifted ? rows * g.pw / g.width : g.plane / g.width;
     g.keep.assign(size_t(g.side * vectors), 0);
     g.from.assign(g.keep.size(), 0);
+    g.in_runs = true;
     for (i64 i = 0; i < g.side; ++i)
         for (i64 y = 0; y < rows; ++y) {
             const i64 iy = y + g.dy_min;
@@ -254,11 +255,15 @@ void set_expansion(Gather& g) {
             for (i64 x = 0; x < g.slot; ++x) {
                 const i64 ix = x + g.dx_min, at = y * g.pw + i * g.slot + x;
                 if (ix < 0 || ix >= g.in_w) continue;
-                const i64 v = i * vectors + at / g.width;
-                if (!g.keep[v]) g.from[v] = i32(iy * g.in_w + ix);
+                const i64 v = i * vectors + at / g.width, zero = iy * g.in_w + ix - at % g.width;
+                if (!g.keep[v]) g.from[v] = i32(zero);
+                else if (g.from[v] != zero) g.in_runs = false;
                 g.keep[v] = uint16_t(g.keep[v] | 1u << at % g.width);
             }
         }
+    if (g.in_runs) return;
+    for (size_t v = 0; v < g.keep.size(); ++v)
+        for (uint32_t lanes = g.keep[v]; lanes && !(lanes & 1); lanes >>= 1) ++g.from[v];
 }
 
 i64 planes_panel(const Gather& g) {

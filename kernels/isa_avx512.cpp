@@ -55,6 +55,7 @@ struct V {
     static V odd(V a, V b) { return pick(a, b, _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31)); }
     static V zip_low(V a, V b) { return pick(a, b, _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23)); }
     static V zip_high(V a, V b) { return pick(a, b, _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)); }
+    static V load_lanes(const float* p, uint16_t lanes) { return {_mm512_maskz_loadu_ps(lanes, p)}; }
     static V expand(const float* p, uint16_t lanes) { return {_mm512_maskz_expandloadu_ps(lanes, p)}; }
     static void store_lanes(float* p, V a, uint16_t lanes) { _mm512_mask_storeu_ps(p, lanes, a.v); }
     static V last(V a, const float* p, i64 n) { return {_mm512_mask_loadu_ps(a.v, __mmask16(~first(W - n)), p)}; }

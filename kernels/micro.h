@@ -590,19 +590,25 @@ static void stream(const float* src, i64 n, float* dst) {
 static void fence() { V::fence(); }
 
 #ifdef FS_MASKS
-static void expand(const float* const* src, int planes, const i32* at, const uint16_t* keep, i64 n, bool more, float* const* dst) {
+// A masked load takes half the time of an expanding one.
+template <bool RUNS> static void expand_planes(const float* const* src, int planes, const i32* at, const uint16_t* keep, i64 n, bool more, float* const* dst) {
+    const auto load = [](const float* p, uint16_t lanes) { return RUNS ? V::load_lanes(p, lanes) : V::expand(p, lanes); };
     if (planes == 4 && !more) {
         for (i64 i = 0; i < n; ++i)
 #pragma GCC unroll 4
-            for (int p = 0; p < 4; ++p) V::store(dst[p] + i * V::W, V::expand(src[p] + at[i], keep[i]));
+            for (int p = 0; p < 4; ++p) V::store(dst[p] + i * V::W, load(src[p] + at[i], keep[i]));
         return;
     }
     for (int p = 0; p < planes; ++p)
         for (i64 i = 0; i < n; ++i) {
-            const V v = V::expand(src[p] + at[i], keep[i]);
+            const V v = load(src[p] + at[i], keep[i]);
             if (more) V::store_lanes(dst[p] + i * V::W, v, keep[i]);
             else V::store(dst[p] + i * V::W, v);
         }
+}
+
+static void expand(const float* const* src, int planes, const i32* at, const uint16_t* keep, i64 n, bool runs, bool more, float* const* dst) {
+    (runs ? expand_planes<true> : expand_planes<false>)(src, planes, at, keep, n, more, dst);
 }
 
 // Every vector of dst lies within two rows of src: lanes past the end of the first come from the second.
