@@ -239,7 +239,7 @@ def summary(points):
         for s in sorted({p['sparsity'] for p in points if p['kind'] == k}):
             ps = [p for p in points if p['kind'] == k and p['sparsity'] == s]
             row = dict(kind=k, sparsity=s, over_dense=geomean([p['over_dense'] for p in ps]), layer_over_dense=geomean([p['layer_over_dense'] for p in ps]), target=TARGETS[k].get(s))
-            if k == 'linear': row['products_over_dense'] = geomean([p['products_over_dense'] for p in ps])
+            if all('products_over_dense' in p for p in ps): row['products_over_dense'] = geomean([p['products_over_dense'] for p in ps])
             for peer in ('sparseprop', 'sparselab'):
                 rs = [p[f'over_{peer}'] for p in ps if f'over_{peer}' in p]
                 if rs: row |= {f'over_{peer}': geomean(rs), f'least_over_{peer}': min(rs)}

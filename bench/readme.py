@@ -39,10 +39,12 @@ def kernels():
     for kind,s in sorted({(p['kind'], p['sparsity']) for p in d['points']}, key=lambda k: (k[0] != 'linear', k[1])):
         ps = [p for p in d['points'] if (p['kind'], p['sparsity']) == (kind, s)]
         peers = [p['over_sparseprop'] for p in ps if p.get('over_sparseprop')]
-        rows.append(('Linear' if kind == 'linear' else 'Conv2d', pct(s), len(ps), times(geomean([p['over_dense'] for p in ps])), times(geomean([p['layer_over_dense'] for p in ps])), times(aims.get((kind, s))), times(geomean(peers)), times(min(peers, default=None))))
+        over = [times(geomean([p[k] for p in ps if k in p])) for k in ('products_over_dense', 'over_dense', 'layer_over_dense')]
+        rows.append(('Linear' if kind == 'linear' else 'Conv2d', pct(s), len(ps), *over, times(aims.get((kind, s))), times(geomean(peers)), times(min(peers, default=None))))
     m = d['machine']
-    return ('**One layer**, forward and backward, from and to ordinary contiguous tensors, geometric means over real layer shapes; the opponent is dense fp32 PyTorch in the better of its two memory formats. "Kernels": in a bare node of the autograd graph; "layers": `SparseLinear` and `SparseConv2d` as they are used, with what they check at each call.\n\n' +
-            table(['layer', 'sparsity', 'shapes measured', 'kernels over dense', 'layers over dense', 'aim', 'over SparseProp', 'at least'], rows, 2) +
+    return ('**One layer**, forward and backward, from and to ordinary contiguous tensors, geometric means over real layer shapes; the opponent is dense fp32 PyTorch in the better of its two memory formats. "In autograd": in a bare node of its graph, which the aim and SparseProp are compared with; "layers": `SparseLinear` and `SparseConv2d` as they are used, with what they check at each call; '
+            '"products": the three products of a Linear layer without autograd, into memory that is there, against PyTorch\'s likewise. What is between these is the call, which weighs more the less there is to compute.\n\n' +
+            table(['layer', 'sparsity', 'shapes measured', 'products over dense', 'in autograd', 'layers', 'aim', 'over SparseProp', 'at least'], rows, 2) +
             f"\n\n{m['cpu']}, {m['isa']}, {m['threads']} thread, torch {m['versions']['torch']}, SparseProp {m['versions'].get('sparseprop', '–')}; memory kept by the allocator for all contenders, without which large tensors cost "
             "everybody more and the ratios are smaller ([every point](bench/results/kernels.json), [what was tried, and what limits it](bench/NOTES.md), `make bench-kernels`).\n\n"
             f"Likewise at 80, 90, 95 and 99 %, with AVX2 at the most, for dense too: {means('kernels-avx2')}; with two threads: {means('kernels-2threads')}.\n\n"
