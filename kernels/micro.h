@@ -590,7 +590,7 @@ static void stream(const float* src, i64 n, float* dst) {
 static void fence() { V::fence(); }
 
 #ifdef FS_MASKS
-// A masked load takes half the time of an expanding one.
+// Masked loads are faster than expanding ones, where they will do.
 template <bool RUNS> static void expand_planes(const float* const* src, int planes, const i32* at, const uint16_t* keep, i64 n, bool more, float* const* dst) {
     const auto load = [](const float* p, uint16_t lanes) { return RUNS ? V::load_lanes(p, lanes) : V::expand(p, lanes); };
     if (planes == 4 && !more) {

@@ -110,7 +110,7 @@ Panels::Panels(const Csr& a, i64 row0, i64 row1, i64 chunk, i64 width, Entries e
         Part& part = parts[c];
         part.in.resize(size_t(rows));
         part.segs.resize(size_t(rows + std::min(rows * (n_panels - 1), a.indptr[r1] - a.indptr[r0])));
-        for (i64 p = 0, used = next.empty() ? 0 : next[0]; p < n_panels; ++p) {
+        for (i64 p = 0, used = a.indptr[r0]; p < n_panels; ++p) {
             const i64 start = used;
             for (i64 r = 0; r < rows; ++r) {
                 const i32 n = count[p * rows + r];
