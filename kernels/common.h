@@ -80,8 +80,9 @@ struct Isa {
     void (*pack)(const float* src, i64 src_pitch, i64 rows, i64 cols, float* dst, i64 dst_pitch, const i32* off);
     // The same where by[r*src_pitch + c] > 0 or NaN, zero elsewhere
     void (*pack_gated)(const float* src, const float* by, i64 src_pitch, i64 rows, i64 cols, float* dst, i64 dst_pitch);
-    // dst[c*dst_pitch + r] = src[r*src_pitch + c], cols read up to a whole vector, nothing written beyond rows and cols
-    void (*unpack)(const float* src, i64 src_pitch, i64 rows, i64 cols, float* dst, i64 dst_pitch);
+    // dst[c*dst_pitch + r] = src[r*src_pitch + c], cols read up to a whole vector, nothing written beyond rows and cols; far: past the caches,
+    // dst and its pitch being whole vectors
+    void (*unpack)(const float* src, i64 src_pitch, i64 rows, i64 cols, float* dst, i64 dst_pitch, bool far);
     // y[row] = bias[row] + sum_k val[k]*x[idx[k]]: one item, vectorised along the nonzeros
     void (*spmv)(const float* x, const i32* idx, const float* val, const Seg* segs, i64 nseg, const float* bias, float* y);
     // dv[k] (+)= g[row]*x[idx[k]]
@@ -167,5 +168,10 @@ template <class F> void parallel_for(i64 n, int threads, F&& f) {
 
 inline i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
 inline i64 round_up(i64 a, i64 b) { return ceil_div(a, b) * b; }
+// Whether results of so many floats, of which `run` are written together, had better go past the caches: they don't fit, and no line is written in parts.
+inline bool past_caches(const float* out, i64 floats, i64 run) {
+    constexpr i64 large = 2 * 1024 * 1024, line = 16;
+    return floats > large && run % line == 0 && reinterpret_cast<uintptr_t>(out) % (line * sizeof(float)) == 0;
+}
 
 }  // namespace fastsparse

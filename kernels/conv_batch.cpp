@@ -137,8 +137,8 @@ i64 packed_floats(const Gather& g) { return round_up(g.channels * g.plane * g.wi
 void store_rows(const Isa& isa, const Gather& g, const Task& k, i64 r0, i64 r1, const float* y, i64 ypitch, float* out) {
     const i64 o0 = k.t0 * g.ostep_y, pixels = std::min(k.t_rows * g.ostep_y, g.out_h - o0) * g.out_w, plane = g.out_h * g.out_w;
     out += (k.n0 * g.rows + r0) * plane + o0 * g.out_w;
-    if (pixels == plane && ypitch == plane * g.width) return isa.unpack(y, g.width, (r1 - r0) * plane, k.images, out, g.rows * plane);
-    for (i64 r = r0; r < r1; ++r) isa.unpack(y + (r - r0) * ypitch, g.width, pixels, k.images, out + (r - r0) * plane, g.rows * plane);
+    if (pixels == plane && ypitch == plane * g.width) return isa.unpack(y, g.width, (r1 - r0) * plane, k.images, out, g.rows * plane, false);
+    for (i64 r = r0; r < r1; ++r) isa.unpack(y + (r - r0) * ypitch, g.width, pixels, k.images, out + (r - r0) * plane, g.rows * plane, false);
 }
 
 void gather_block(const Isa& isa, const Gather& g, const Task& k, const float* block, const float* values, const float* bias, float* y, float* out) {

@@ -286,9 +286,7 @@ struct Room {
     Room(const Gather& g, const float* out, i64 n)
         : packed(g.direct ? 0 : round_up(g.channels * g.plane, 1024)), ypitch(round_up(flat(g, g.block, g.t_cols), g.width)),
           results(g.row_chunk() * g.phases() * ypitch), together(g.blocks() > 1 ? 1 : 16 / gcd(16, g.out_h * g.out_w)), planes(round_up(together * g.block * g.ostep_y * g.out_w, 16)) {
-        constexpr i64 large = 2 * 1024 * 1024;  // floats
-        const bool lines = together * g.out_h * g.out_w % 16 == 0 && reinterpret_cast<uintptr_t>(out) % 64 == 0;
-        far = lines && n * g.rows * g.out_h * g.out_w > large;
+        far = past_caches(out, n * g.rows * g.out_h * g.out_w, together * g.out_h * g.out_w);
     }
     i64 floats() const { return packed + results + planes; }
 };

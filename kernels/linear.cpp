@@ -48,12 +48,16 @@ struct Work {
     }
     // Where row 0 of a result is, or would be if `scratch`, for rows from r0 on, held all.
     float* place(const Target& to, i64 r0, float* scratch) const { return to.packed ? to.data + item * to.dim : scratch - r0 * lanes; }
+    // Rows r0..r1 of a packed result, from y on, to where they go. Only a vector that is a line is worth sending past the caches.
+    void unpack(const Target& to, const float* y, i64 r0, i64 r1) const {
+        isa.unpack(y, lanes, r1 - r0, used, to.data + item * to.dim + r0, to.dim, isa.width == 16 && past_caches(to.data, b.items * to.dim, to.dim));
+    }
     // Rows r0..r1 are complete.
     void finish(const Target& to, float* y, i64 r0, i64 r1) const {
         y += r0 * lanes;
         const i64 n = (r1 - r0) * lanes;
         if (to.relu || to.by) isa.gate(to.relu ? y : to.by + item * to.dim + r0 * lanes, n, y);
-        if (!to.packed) isa.unpack(y, lanes, r1 - r0, used, to.data + item * to.dim + r0, to.dim);
+        if (!to.packed) unpack(to, y, r0, r1);
         else if (used < lanes)
             for (float* end = y + n; y != end; y += lanes) std::fill(y + used, y + lanes, 0.f);
     }
@@ -546,7 +550,7 @@ void LinearPlan::pack(const float* rows, i64 batch, i64 dim, float* packed, int 
 void LinearPlan::unpack(const float* packed, i64 batch, i64 dim, float* rows, int threads) const {
     const Isa& isa = current_isa();
     each_work(isa, batch, dim, tile_vectors(isa), threads, [&](const Work& w, i64 start) {
-        isa.unpack(packed + start, w.lanes, dim, w.used, rows + start, dim);
+        w.unpack({rows, dim}, packed + start, 0, dim);
     });
 }
 

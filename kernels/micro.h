@@ -470,19 +470,24 @@ static void pack_gated(const float* src, const float* by, i64 src_pitch, i64 row
 }
 
 // src's rows can be read up to whole vectors.
-static void unpack(const float* src, i64 src_pitch, i64 rows, i64 cols, float* dst, i64 dst_pitch) {
+static void unpack(const float* src, i64 src_pitch, i64 rows, i64 cols, float* dst, i64 dst_pitch, bool far) {
     each_block(cols, rows, 1, [&](i64 c, i64 r) {
         V t[V::W];
-        if (V::W < 16)   // lines that are written in parts had better be there
+        if (V::W < 16 && !far)   // lines that are written in parts had better be there
             for (int i = 0; i < V::W; ++i) __builtin_prefetch(dst + (c + V::W + i) * dst_pitch + r, 1);
         V::load_transposed(src + r * src_pitch + c, src_pitch, t);
-        put_columns(t, V::W, dst + c * dst_pitch + r, dst_pitch, nullptr);
+        float* to = dst + c * dst_pitch + r;
+        if (!far) put_columns(t, V::W, to, dst_pitch, nullptr);
+        else
+#pragma GCC unroll 16
+            for (int j = 0; j < V::W; ++j) V::stream(to + j * dst_pitch, t[j]);
     }, [&](i64 c, i64 r, i64 nc, i64 nr) {
         V t[V::W];
         for (int i = 0; i < V::W; ++i) t[i] = i < nr ? V::load(src + (r + i) * src_pitch + c) : V::zero();
         V::transpose(t);
         for (i64 j = 0; j < nc; ++j) V::store_first(dst + (c + j) * dst_pitch + r, t[j], nr);
     });
+    if (far) V::fence();
 }
 
 // dst[r, left + c] = src[r, c], zeros around it. Rows are written in order, so that each may run over into the next.

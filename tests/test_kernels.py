@@ -136,6 +136,27 @@ def test_results_that_go_past_the_caches(isa, n, cin, cout, hw, k, stride, densi
     near(dx, dx64, cout*k*k)
     np.testing.assert_allclose(dv, dw64[m], rtol=1e-3, atol=2e-3)
 
+@pytest.mark.parametrize('b,i,o', [(1031, 2048, 2064), (1031, 2064, 2048), (1031, 2050, 2056)])
+def test_linear_results_that_go_past_the_caches(isa, b, i, o):
+    "More than 8 MB from a cache line on, and the same from the middle of one, where nothing does"
+    rng = np.random.default_rng(17)
+    n = 4000
+    m = np.unique(rng.integers(0, o, n)*i + rng.integers(0, i, n))
+    p = K.LinearPlan(np.append(0, np.bincount(m//i, minlength=o).cumsum()), (m % i).astype(np.int32), o, i)
+    x, dy, v = randn(rng, b, i), randn(rng, b, o), randn(rng, len(m))
+    def results(skip, threads):
+        out, dx = (torch.full((a.size + skip,), float('nan')).numpy()[skip:].reshape(a.shape) for a in (dy, x))
+        assert all(a.size > 2**21 and (a.ctypes.data % 64 == 0) == (skip == 0) for a in (out, dx))
+        p.forward(x, v, None, out, threads=threads)
+        p.backward_input(dy, v, dx, threads=threads)
+        return out, dx
+    out, dx = results(0, 1)
+    w = torch.sparse_coo_tensor(np.stack(divmod(m, i)), v.astype(np.float64), (o, i), check_invariants=True)
+    near(out, (w @ torch.tensor(x, dtype=torch.float64).T).T, i)
+    near(dx, (w.T @ torch.tensor(dy, dtype=torch.float64).T).T, o)
+    for skip, threads in ((0, 2), (3, 1)):
+        for a, again in zip((out, dx), results(skip, threads)): assert a.tobytes() == again.tobytes()
+
 @pytest.mark.parametrize('layout', ['planes', 'batch'])
 @pytest.mark.parametrize('k,stride,pad', [(3, 1, 1), (1, 1, 0), (3, 2, 1), (3, 1, 0), (5, 1, 1)])
 @pytest.mark.parametrize('hw', [7, 14, 16, 30, 120])
