@@ -283,18 +283,24 @@ def plots(points, stem):
         a.legend(fontsize=7); fig.tight_layout(); fig.savefig(f'{stem}-{k}.png', dpi=110); plt.close(fig)
 
 def parts(case, sparsity):
-    "GFLOP/s of forward, input gradient and weight gradient alone"
+    "GFLOP/s of forward, input gradient and weight gradient alone, and what they take besides: all of them with one nonzero in each row"
     import torch
     w = torch.randn(case.weight_shape) * (torch.rand(case.weight_shape) >= sparsity)
     x = torch.randn(case.x_shape)
     dy = torch.randn(case.batch, case.o, *([] if kind(case) == 'linear' else [case.hw//case.stride]*2))
-    r = make_ours(case, w, x, dy)
+    r, few = make_ours(case, w, x, dy), torch.zeros(len(w), w[0].numel())
+    rows = torch.arange(len(w))
+    few[rows, rows % few.shape[1]] = 1
+    q = make_ours(case, few.view_as(w), x, dy)
+    qv, qdv = q.v.detach().numpy(), torch.empty(len(q.v)).numpy()
+    def besides(): q.plan.forward(x, qv, None, y); q.plan.backward(x, dy, qv, dx, qdv)
     p, x, v, dy, y, dx, dv = r.plan, x.numpy(), r.v.detach().numpy(), dy.numpy(), torch.empty_like(dy).numpy(), torch.empty_like(x).numpy(), torch.empty_like(r.v).numpy()
     bursts = interleaved({'forward': lambda: p.forward(x, v, None, y), 'dx': lambda: p.backward_input(dy, v, dx),
-                     'dvalues': lambda: p.backward_weight(x, dy, dv), 'both': lambda: p.backward(x, dy, v, dx, dv)}, .3)
+                     'dvalues': lambda: p.backward_weight(x, dy, dv), 'both': lambda: p.backward(x, dy, v, dx, dv), 'besides': besides}, .4)
     t = {n: statistics.median(b) for n, b in bursts.items()}
+    rest = t.pop('besides')
     f = case.flops/3*len(v)/w.numel()/1e9
-    print(f'{str(case):34} {slug(sparsity):7} ' + '  '.join(f'{n} {(2 if n == "both" else 1)*f/s:6.1f} ({1e3*s:.2f} ms)' for n, s in t.items()), flush=True)
+    print(f'{str(case):34} {slug(sparsity):7} ' + '  '.join(f'{n} {(2 if n == "both" else 1)*f/s:6.1f} ({1e3*s:.2f} ms)' for n, s in t.items()) + f'  besides {1e3*rest:.2f} ms', flush=True)
 
 def main():
     ap = argparse.ArgumentParser(description=__doc__)

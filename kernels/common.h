@@ -80,8 +80,8 @@ struct Isa {
     void (*pack)(const float* src, i64 src_pitch, i64 rows, i64 cols, float* dst, i64 dst_pitch, const i32* off);
     // The same where by[r*src_pitch + c] > 0 or NaN, zero elsewhere
     void (*pack_gated)(const float* src, const float* by, i64 src_pitch, i64 rows, i64 cols, float* dst, i64 dst_pitch);
-    // dst[c*dst_pitch + r] = src[r*src_pitch + c], cols read up to a whole vector, nothing written beyond rows and cols; far: past the caches,
-    // dst and its pitch being whole vectors
+    // dst[c*dst_pitch + r] = src[r*src_pitch + c], cols read up to a whole vector, nothing written beyond rows and cols; far: past the caches
+    // where a vector is a line, as dst and its pitch then are
     void (*unpack)(const float* src, i64 src_pitch, i64 rows, i64 cols, float* dst, i64 dst_pitch, bool far);
     // y[row] = bias[row] + sum_k val[k]*x[idx[k]]: one item, vectorised along the nonzeros
     void (*spmv)(const float* x, const i32* idx, const float* val, const Seg* segs, i64 nseg, const float* bias, float* y);

@@ -48,9 +48,9 @@ struct Work {
     }
     // Where row 0 of a result is, or would be if `scratch`, for rows from r0 on, held all.
     float* place(const Target& to, i64 r0, float* scratch) const { return to.packed ? to.data + item * to.dim : scratch - r0 * lanes; }
-    // Rows r0..r1 of a packed result, from y on, to where they go. Only a vector that is a line is worth sending past the caches.
+    // Rows r0..r1 of a packed result, from y on, to where they go.
     void unpack(const Target& to, const float* y, i64 r0, i64 r1) const {
-        isa.unpack(y, lanes, r1 - r0, used, to.data + item * to.dim + r0, to.dim, isa.width == 16 && past_caches(to.data, b.items * to.dim, to.dim));
+        isa.unpack(y, lanes, r1 - r0, used, to.data + item * to.dim + r0, to.dim, past_caches(to.data, b.items * to.dim, to.dim));
     }
     // Rows r0..r1 are complete.
     void finish(const Target& to, float* y, i64 r0, i64 r1) const {

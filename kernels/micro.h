@@ -471,9 +471,10 @@ static void pack_gated(const float* src, const float* by, i64 src_pitch, i64 row
 
 // src's rows can be read up to whole vectors.
 static void unpack(const float* src, i64 src_pitch, i64 rows, i64 cols, float* dst, i64 dst_pitch, bool far) {
+    if (V::W < 16) far = false;   // parts of lines had better stay
     each_block(cols, rows, 1, [&](i64 c, i64 r) {
         V t[V::W];
-        if (V::W < 16 && !far)   // lines that are written in parts had better be there
+        if (V::W < 16)   // lines that are written in parts had better be there
             for (int i = 0; i < V::W; ++i) __builtin_prefetch(dst + (c + V::W + i) * dst_pitch + r, 1);
         V::load_transposed(src + r * src_pitch + c, src_pitch, t);
         float* to = dst + c * dst_pitch + r;
