@@ -355,16 +355,18 @@ class SparseFunction(Function):
     @staticmethod
     def forward(ctx, x, values, bias, geom, plan):
         x = x.contiguous()
-        ctx.geom,ctx.plan,ctx.x_shape,ctx.dtypes = geom,plan,x.shape,(values.dtype, None if bias is None else bias.dtype)
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, values if ctx.needs_input_grad[0] else None)
+        need_x,need_v = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(x if need_v else None, values if need_x else None)
+        ctx.known = geom,plan,x.shape,values.dtype,None if bias is None else bias.dtype
         return run_forward(geom, plan, x, values, bias)
 
     @staticmethod
     @differentiable_once
     def backward(ctx, dy):
         (x,values),(need_x,need_v,need_b) = ctx.saved_tensors,ctx.needs_input_grad[:3]
-        if not (need_x or need_v): return None, None, ctx.geom.bias_grad(dy, ctx.dtypes[1]) if need_b else None, None, None
-        return *run_backward(ctx.geom, ctx.plan, x, dy.contiguous(), values, ctx.x_shape, need_x, need_v, ctx.dtypes[0], need_b, ctx.dtypes[1]), None, None
+        geom,plan,x_shape,v_dtype,b_dtype = ctx.known
+        if not (need_x or need_v): return None, None, geom.bias_grad(dy, b_dtype) if need_b else None, None, None
+        return *run_backward(geom, plan, x, dy.contiguous(), values, x_shape, need_x, need_v, v_dtype, need_b, b_dtype), None, None
 
 # %% ../nbs/05_layers.ipynb #5af4c8ad
 @torch.library.custom_op('fastsparse::linear', mutates_args=(), device_types='cpu')
