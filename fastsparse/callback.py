@@ -28,7 +28,7 @@ from .layers import hold_interrupts
 from .links import linking_types, _Steps
 from .steps import fuse_steps, plain_steps, why_not_fused
 from .training import (CompressedUpdate, SparseCompute, compress_params, expand_model, expand_param, hide_compression, param_compressed,
-                                 updates_compressed, _settle_attention)
+                                 _settle_attention)
 
 # %% ../nbs/07_callback.ipynb #c98a0f5a
 SET_presets = dict(keep_score_f=weight_magnitude, grow_score_f=random_score, initial_drop_grow_pct=0.3, stop_pct=1., update_replaces_step=False)
@@ -276,7 +276,7 @@ class DynamicSparseTrainingCallback(_QuickCallback):
         if not 0 < stop_pct <= 1: raise ValueError(f"stop_pct is the share of training with updates, in (0,1], not {stop_pct!r}.")
         if batches_per_update is not None and (not isinstance(batches_per_update, int) or batches_per_update < 1):
             raise ValueError(f"batches_per_update is a whole number of optimizer steps, 1 or more, or None, not {batches_per_update!r}.")
-        for f in (keep_score_f, grow_score_f, drop_grow_sched):
+        for f in (keep_score_f, grow_score_f, drop_grow_sched, *([] if redistribute_f is None else [redistribute_f])):
             if not callable(f): raise ValueError(f"a score or schedule is a function, not {f!r}.")
         self.sparse_modules,self.batches_per_update = sparse_modules,batches_per_update
         self.initial_drop_grow_pct,self.stop_pct,self.drop_grow_sched = initial_drop_grow_pct,stop_pct,drop_grow_sched
@@ -333,7 +333,7 @@ class DynamicSparseTrainingCallback(_QuickCallback):
         for p in ps: check_mask(p)
         wants = [f for f in self._scores if getattr(f, 'func', f) in (gradient_momentum, momentum_redistribution)]
         if wants and not has_momentum(self.learn.opt):
-            raise ValueError(f"`{wants[0].__name__}` reads the optimizer's momentum, but this optimizer keeps none: "
+            raise ValueError(f"`{getattr(wants[0], 'func', wants[0]).__name__}` reads the optimizer's momentum, but this optimizer keeps none: "
                              "give SGD `mom=0.9` (torch: `momentum=0.9`), or use Adam.")
 
     def before_fit(self):
@@ -391,7 +391,7 @@ class DynamicSparseTrainingCallback(_QuickCallback):
         if not self._elementwise: return self.kernels.set(dense=True)
         wants = needs_dense_grad(self.grow_score_f) == 'update'
         for p in self._params():
-            if not updates_compressed(p): self.kernels.expand(p)
+            if not param_compressed(p): self.kernels.expand(p)
             elif p.param.requires_grad:
                 self.plans[p.name] = CompressedUpdate(p, self.learn.opt, self._fraction(), self.keep_score_f, self.grow_score_f, wants,
                     one_batch=self.n_acc == 1 and self.update_replaces_step and needs_dense_grad(self.keep_score_f) == 'never',

@@ -8,6 +8,7 @@ __all__ = ['load_sparse_state', 'load_sparse_model', 'save_checkpoint', 'Checkpo
 # %% ../nbs/09_checkpoint.ipynb #a177b70b
 import os, random
 from pathlib import Path
+from pickle import UnpicklingError
 import numpy as np
 import torch
 from torch import nn
@@ -18,6 +19,7 @@ from fastai.callback.progress import ProgressCallback
 from fastai.callback.tracker import TrackerCallback
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import Learner, Recorder
+from fastai.torch_core import TensorBase
 
 from .large import large_layers
 from .layers import scatter
@@ -26,12 +28,14 @@ from .topology import SparseHooks, add_mask_hooks, apply_masks, sparse_params
 
 # %% ../nbs/09_checkpoint.ipynb #70950dcf
 def _load_file(path, device):
-    "What fastai or torch saved at `path`, tried with `.pth` too; nothing but plain data is unpickled."
+    "What fastai or torch saved at `path`, tried with `.pth` too; nothing but plain data is unpickled. Raises `ValueError` if that isn't what the file holds."
     path = Path(path)
     if not path.exists() and path.with_name(path.name + '.pth').exists(): path = path.with_name(path.name + '.pth')
     core = getattr(np, '_core', None) or np.core      # numpy 2, numpy 1
-    safe = [L, core.multiarray.scalar, np.dtype, *[getattr(np.dtypes, o) for o in np.dtypes.__all__]]
-    with torch.serialization.safe_globals(safe): return torch.load(path, map_location=device, weights_only=True)
+    safe = [L, TensorBase, core.multiarray.scalar, np.dtype, *[getattr(np.dtypes, o) for o in np.dtypes.__all__]]
+    try:
+        with torch.serialization.safe_globals(safe): return torch.load(path, map_location=device, weights_only=True)
+    except (UnpicklingError, RuntimeError, EOFError) as e: raise ValueError(f"{path} can't be read: {e}") from e
 
 # %% ../nbs/09_checkpoint.ipynb #2c7a07a2
 def _file_masks(state):
@@ -235,6 +239,8 @@ class ResumeCallback(Callback):
             if cb.name in s['cbs']: _set_cb_state(cb, s['cbs'][cb.name])
         rec = learn.recorder.smooth_loss
         rec.count,rec.val = s['smooth_loss']
+        if s['n_done']:
+            for cb in learn.cbs.filter(lambda cb: isinstance(cb, CheckpointCallback)): cb.epoch_rng = s['epoch_rng']      # whose epoch began while it was muted
         if s['scaler'] and getattr(learn, 'scaler', None): learn.scaler.load_state_dict(s['scaler'])
         learn.train_iter = s['train_iter']
         self._mute(False)

@@ -6,6 +6,7 @@
 __all__ = ['uniform_sparsity', 'first_layer_dense_uniform', 'erdos_renyi_sparsity', 'check_sparsity', 'layer_sparsities']
 
 # %% ../nbs/02_distribution.ipynb #fd03526f
+from collections.abc import Iterable
 from fnmatch import fnmatch
 from math import isfinite, prod
 
@@ -68,6 +69,8 @@ def check_sparsity(
 def _from_patterns(patterns, names, default):
     "Sparsity of each name by the first matching pattern."
     def hits(n, g): return fnmatch(n, g) or fnmatch(n.rpartition('.')[0], g)      # the parameter's name or its layer's
+    wrong = [g for g in patterns if not isinstance(g, str)]
+    if wrong: raise ValueError(f"sparse_f: names and patterns of layers, not {wrong}.")
     unused = [g for g in patterns if not any(hits(n, g) for n in names)]
     if unused: raise ValueError(f"sparse_f: no layer matches {unused}. The layers are: {', '.join(names)}.")
     return [next((s for g,s in patterns.items() if hits(n, g)), default) for n in names]
@@ -81,6 +84,10 @@ def layer_sparsities(
 ) -> list: # One checked sparsity per layer
     "Apply `sparse_f` and check what it returns. Raises `ValueError` on a count or a value that can't be."
     model_sparsity = check_sparsity(model_sparsity, 'model_sparsity')
-    res = _from_patterns(sparse_f, names, model_sparsity) if isinstance(sparse_f, dict) else list(sparse_f(params, model_sparsity))
+    if isinstance(sparse_f, dict): res = _from_patterns(sparse_f, names, model_sparsity)
+    elif not callable(sparse_f): raise ValueError(f"sparse_f is a function or a dict of name patterns, not {sparse_f!r}.")
+    else: res = sparse_f(params, model_sparsity)
+    if isinstance(res, dict) or not isinstance(res, Iterable): raise ValueError(f"sparse_f returned {res!r}, not a sparsity for each of {len(params)} layers.")
+    res = list(res)
     if len(res) != len(params): raise ValueError(f"sparse_f returned {len(res)} sparsities for {len(params)} layers.")
     return [check_sparsity(s, f"sparse_f's sparsity for {n}") for n,s in zip(names, res)]

@@ -180,10 +180,14 @@ def _owned(module):
             if p is not None and mask is not None: yield m, n, p, mask
 
 # %% ../nbs/04_topology.ipynb #548421a8
+_exporting = getattr(torch.compiler, 'is_exporting', lambda: False)
+
 def _enforce(module):
+    if _exporting(): return      # weights are masked already
     for m,n,p,mask in _owned(module):
         if mask.shape != p.shape: continue      # only nonzeros are stored
         zero_off_mask_(p, mask)
+        if torch.compiler.is_compiling(): continue      # where hooks can't be seen, and a second one would be added
         h = grad_mask(SparseParam(n, m, n))
         if h is not None: h.clean(p)
 
@@ -293,6 +297,10 @@ def attach_mask(
     zero_off_mask_(p.param, p.mask)
 
 # %% ../nbs/04_topology.ipynb #4105235d
+def _computed_weights(model):
+    "Names of layers that would be sparseable if their weight were a parameter."
+    return [n for n,m in model.named_modules() if is_sparseable_module(m) and 'weight' in getattr(m, 'parametrizations', {})]
+
 def sparsify_model(
     model_or_learner,           # `nn.Module`, or a `Learner` (its optimizer state is masked too)
     model_sparsity:float,       # Share of zeros among the sparseable weights, in [0,1)
@@ -300,6 +308,7 @@ def sparsify_model(
     sparse_init_mode:str=None,  # `None` keeps the weights; 'fan_in', 'fan_out', 'fan_in_out' draw them anew by real fan
     enforce_masks:bool=True,    # Keep masks enforced by hooks
     skip=None,                  # Layers to leave dense: name, pattern, type, module, or a list of these
+    opt=None,                   # Optimizer whose state is masked too; needed if it has stepped already, as momentum would move weights off the mask
 ) -> SparseHooks: # `.remove()` ends the enforcement; also a context manager; empty with `enforce_masks=False`
     """Mask random weights of every sparseable layer. Layers that get sparsity 0 stay without a mask.
     On a model that has masks already, new masks are nested with the old. Raises `ValueError`, the model unchanged, on a sparsity
@@ -308,8 +317,9 @@ def sparsify_model(
     if not isinstance(model, nn.Module): raise TypeError(f"sparsify_model takes an nn.Module or a Learner, not {type(model_or_learner).__name__}.")
     if sparse_init_mode not in (None, 'fan_in', 'fan_out', 'fan_in_out'):
         raise ValueError(f"sparse_init_mode: None, 'fan_in', 'fan_out' or 'fan_in_out', not {sparse_init_mode!r}.")
-    ps = sparseable_params(model)
-    if not ps: raise ValueError(f"no sparseable layer found. Sparseable are {', '.join(t.__name__ for t in sparseable_types)}.")
+    ps,computed = sparseable_params(model),_computed_weights(model)
+    if not ps: raise ValueError(f"no sparseable layer found. Sparseable are {', '.join(t.__name__ for t in sparseable_types)}{', with weights of their own, not parametrizations' if computed else ''}.")
+    if computed: warnings.warn(f"these compute their weight from other parameters (parametrizations) and stay dense: {', '.join(computed)}")
     ps = _without(ps, skip)
     if not ps: raise ValueError(f"skip={skip!r} leaves no layer to sparsify.")
     _check_params(ps)
@@ -317,10 +327,12 @@ def sparsify_model(
     todo = [(p, sparse_mask(p.param.shape, s, within=p.mask), s) for p,s in zip(ps, sparsities) if s > 0 or p.mask is not None]
     empty = [p.name for p,m,s in todo if not m.any()]
     if empty: warnings.warn(f"so sparse that no connection is left in: {', '.join(empty)}")
+    lost = [p.name for p,m,s in todo if p.pname.endswith('_v') and not m.flatten(1).any(1).all()]
+    if lost: warnings.warn(f"weight norm divides by the norm of each output's weights, and outputs without connection become NaN in: {', '.join(lost)}")
     for p,m,s in todo:
         attach_mask(p, m, s)
         if sparse_init_mode: sparse_init_(p, sparse_init_mode)
-    apply_masks(model, getattr(model_or_learner, 'opt', None) if model is not model_or_learner else None)
+    apply_masks(model, opt if opt is not None or model is model_or_learner else model_or_learner.opt)
     return add_mask_hooks(model) if enforce_masks else SparseHooks(model)
 
 # %% ../nbs/04_topology.ipynb #5432fd4d

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CompressedAttention', 'AttentionFunction', 'DenseGradFunction', 'DenseGrad', 'DenseGradLinear', 'DenseGradConv2d',
            'set_dense_grad', 'why_not_param', 'param_compressed', 'compress_param', 'expand_param', 'compress_params',
-           'expand_model', 'best_vacant', 'best_by_bf16', 'CompressedUpdate', 'updates_compressed', 'hide_compression',
-           'show_compression', 'cache_path', 'TimingCache', 'layer_timing', 'SparseCompute']
+           'expand_model', 'best_vacant', 'best_by_bf16', 'CompressedUpdate', 'hide_compression', 'show_compression',
+           'cache_path', 'TimingCache', 'layer_timing', 'SparseCompute']
 
 # %% ../nbs/06a_training.ipynb #2de35d24
 import json, numpy as np, os, platform
@@ -60,6 +60,7 @@ class CompressedAttention(nn.MultiheadAttention):
         return y
 
     def forward(self, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None, average_attn_weights=True, is_causal=False):
+        if is_causal and attn_mask is None: raise RuntimeError('Need attn_mask if specifying the is_causal hint.')      # torch's words
         batched = query.dim() == 3
         swap = (lambda t: t.transpose(0, 1)) if batched and not self.batch_first else (lambda t: t) if batched else (lambda t: t[None])
         same_k,same_v = key is query,value is key
@@ -193,8 +194,6 @@ def _weight_grad(geom, x, dy):
 # %% ../nbs/06a_training.ipynb #43391382
 class DenseGrad:
     "Mixin of a Linear or Conv2d whose weight stays dense while forward and input gradient run on the kernels."
-    computes_sparsely = True
-
     def _structure(self):
         "The mask's structure, made anew when the mask has changed."
         stamp = (id(self.weight_mask), self.weight_mask._version)
@@ -237,6 +236,7 @@ def why_not_param(
         if not m._qkv_same_embed_dim: return 'attention with key or value sizes of their own'
         if m.bias_k is not None or m.add_zero_attn: return 'attention with added keys'
         return None
+    if isinstance(m, nn.Conv2d) and m.groups > 1 and p.mask.shape[1] == 1: return 'depthwise convolution, nothing to gain'
     return None if p.pname == 'weight' and isinstance(m, _projection) else why_not_compress(m)
 
 _projection = nn.modules.linear.NonDynamicallyQuantizableLinear
@@ -264,13 +264,13 @@ def compress_param(
     slots = list(opt_slots(opt, p.param).values())
     index = active_index(p.mask) if slots else None
     with hold_interrupts():
-        _move_slots(slots, lambda t: t.reshape(-1).index_select(0, index))
         if isinstance(p.module, nn.MultiheadAttention):
             _pack_attention(p.module)
             p.module.__class__ = CompressedAttention
         else:
             if isinstance(p.module, _projection): p.module.__class__ = nn.Linear
-            compress(p.module)
+            compress(p.module)      # raises where that can't be, before anything has changed
+        _move_slots(slots, lambda t: t.reshape(-1).index_select(0, index))
 
 # %% ../nbs/06a_training.ipynb #8287e164
 @torch.no_grad()
@@ -650,14 +650,6 @@ class CompressedUpdate:
         return len(self.fresh)
 
 
-# %% ../nbs/06a_training.ipynb #e39b1e00
-def updates_compressed(
-    p:SparseParam, # A masked parameter
-) -> bool:
-    "Can `p` be updated as it is, without being made dense?"
-    return param_compressed(p)
-
-
 # %% ../nbs/06a_training.ipynb #94abcad7
 def _dense_opt_state(sd, opt, ps):
     "`sd`, an optimizer's state dict, with the slots of compressed parameters dense."
@@ -720,9 +712,15 @@ class TimingCache:
         runs:int=3, # Runs that measure a layer anew
     ):
         self.path,self.runs,self.seen = Path(path) if path is not None else cache_path(),runs,set()
-        try: self.times = json.loads(self.path.read_text())
-        except (OSError, ValueError): self.times = {}
-        if not isinstance(self.times, dict): self.times = {}
+        self.times = self._read()
+
+    def _read(self):
+        "Machine to layer to its timing; what has another form is left out."
+        try: times = json.loads(self.path.read_text())
+        except (OSError, ValueError): return {}
+        def whole(t): return isinstance(t, dict) and all(isinstance(t.get(k), (int, float)) for k in ('dense', 'sparse', 'runs'))
+        if not isinstance(times, dict): return {}
+        return {m: {k: t for k,t in layers.items() if whole(t)} for m,layers in times.items() if isinstance(layers, dict)}
 
     def __call__(self, key, measure):
         "The best timing of `key`; `measure()` makes one if this run has to."
@@ -731,15 +729,18 @@ class TimingCache:
             new = measure()
             old.update({k: min(v, old.get(k, v)) for k,v in new.items()}, runs=old.get('runs', 0)+1)
             self.times[_machine()][key] = old
-            self._save()
+            self._save(key, old)
         self.seen.add(key)
         return old
 
-    def _save(self):
+    def _save(self, key, timing):
+        "Add a timing to what the file holds by now: other processes write to it, too."
+        times = self._read()
+        times.setdefault(_machine(), {})[key] = timing
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             part = self.path.with_name(f'{self.path.name}.{os.getpid()}')
-            part.write_text(json.dumps(self.times, indent=1))
+            part.write_text(json.dumps(times, indent=1))
             os.replace(part, self.path)
         except OSError: pass
 
@@ -783,6 +784,7 @@ def layer_timing(
 # %% ../nbs/06a_training.ipynb #0cba81f8
 class SparseCompute:
     "Chooses how each masked layer of a model computes, and swaps."
+    keeps_memory = False      # Of the process, whichever run has asked for it: one that was interrupted leaves it to the next to end it
     def __init__(self,
         model:nn.Module,      # A model with masks
         opt,                  # Its optimizer
@@ -794,7 +796,7 @@ class SparseCompute:
         self.model,self.opt,self.mode,self.threshold,self.dense_grad = model,opt,mode,threshold,dense_grad
         self.cache = cache or TimingCache()
         self.inputs,self.log,self.handles,self.chosen = {},{},[],[]
-        self.settled,self.keeps_memory = False,False
+        self.settled = False
         expand_model(model, opt)
         self.near = Neighbours(model, self.cache if mode == 'auto' else None)
         if mode is True: self._insist()
@@ -864,7 +866,7 @@ class SparseCompute:
     def _speed_up_the_rest(self, names=None):
         "What stands between sparse layers: batch normalisation, pooling, rows of layers, memory."
         self.near.use_kernels(names, {p.module for p in self.chosen})
-        self.keeps_memory = kernels.keep_freed_memory(True)
+        SparseCompute.keeps_memory = kernels.keep_freed_memory(True)
 
     def sparse(self):
         "Swap the chosen layers in."
@@ -892,11 +894,11 @@ class SparseCompute:
         "Swap out for good."
         self.dense()
         use_torch(self.model)
-        if self.keeps_memory: kernels.keep_freed_memory(False)
         self.let_go()
 
     def let_go(self):
         "Keep nothing but the report."
+        if SparseCompute.keeps_memory: SparseCompute.keeps_memory = not kernels.keep_freed_memory(False)
         self._unwatch()
         self.near.let_go()
         self.model,self.opt,self.dense_grad,self.inputs,self.chosen = None,None,None,{},[]

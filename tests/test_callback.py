@@ -1,17 +1,16 @@
 "The callback inside fastai's training loop: reference semantics, invariants at every instant, composition."
-import copy, gc, math, subprocess, sys, warnings
+import copy, math, warnings
 from functools import partial
-from pathlib import Path
 import numpy as np, pytest, torch
 import torch.nn.functional as F
 from torch import nn
-from fastai.basics import (Adam, Callback, CancelBatchException, CancelBackwardException, CancelFitException, CancelStepException, CancelTrainException, Lamb, Larc, OptimWrapper,
-                           RAdam, RMSProp, SGD, accuracy, ranger, params, load_learner, DataLoader, DataLoaders)
+from fastai.basics import (Adam, Callback, CancelFitException, CancelStepException, Lamb, Larc, OptimWrapper,
+                           RAdam, RMSProp, SGD, ranger, params, load_learner, DataLoaders)
 from fastai.callback.fp16 import MixedPrecision
-from fastai.callback.schedule import fine_tune, lr_find
+import fastai.callback.schedule
 from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
 from fastai.callback.training import GradientAccumulation, GradientClip, ShortEpochCallback
-from fastsparse import (DynamicSparseTrainingCallback as DST, EverActive, RigL_presets, SET_presets, SNFS_presets, Sparsity, add_mask_hooks, gradient_magnitude, random_score, sparse_params,
+from fastsparse import (DynamicSparseTrainingCallback as DST, EverActive, RigL_presets, SET_presets, SNFS_presets, Sparsity, add_mask_hooks, gradient_magnitude,
                         sparsify_model, weight_magnitude)
 from fastsparse.kernels import kernels_available
 from fastsparse.schedule import is_update_step
@@ -427,6 +426,18 @@ def test_interrupted_inside_a_score(method, role):
     assert same(before, masks(learn.model))
     assert_sparse(learn.model, learn.opt)
 
+@each_method
+def test_a_compiled_model_moves_the_same_connections(method):
+    torch._dynamo.reset()
+    def run(wrap):
+        learn,cb = toy_learner(),dst(method, sparse_kernels=False)
+        learn.model = wrap(learn.model)
+        torch.manual_seed(0)
+        fit(learn, 2, cbs=cb)
+        return [sum(u['grown']) for u in cb.updates],list(masks(learn.model).values())
+    (n,want),(m,got) = run(lambda m: m),run(lambda m: torch.compile(m, backend='eager'))
+    assert n == m and sum(n) and all(a.equal(b) for a,b in zip(got, want, strict=True))
+
 @pytest.mark.skipif(not kernels_available(), reason='no compiled kernels here')
 @each_method
 @pytest.mark.parametrize('event', ['after_pred', 'after_backward', 'before_step', 'after_step', 'after_batch'])
@@ -652,7 +663,7 @@ def test_lr_find_leaves_masks_and_weights(opt, persistent, tmp_path):
     with quiet(learn): learn.lr_find(num_it=12, show_plot=False)
     assert same(before, state(learn.model))
     fit(learn, 1, cbs=[*([] if persistent else [cb]), *watches(learn)])
-    before,grads = state(learn.model),[]
+    before = state(learn.model)
     with quiet(learn): learn.lr_find(num_it=12, show_plot=False)
     assert same(before, state(learn.model))
     assert_sparse(learn.model, learn.opt)

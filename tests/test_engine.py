@@ -1,6 +1,5 @@
 "The torch-level engine: schedules, distributions, scores, masks. Nothing here needs fastai."
 import ast, configparser, copy, math, pickle, re, subprocess, sys, warnings
-from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 import numpy as np, pytest, torch
@@ -10,7 +9,7 @@ import fastsparse
 from fastsparse import (add_mask_hooks, apply_masks, dense_grad, erdos_renyi_sparsity, first_layer_dense_uniform, gradient_magnitude, gradient_momentum,
                         momentum_redistribution, random_score, sparse_params, sparseable_params, sparsify_model, uniform_sparsity, weight_magnitude)
 from fastsparse.schedule import cumulative_steps, drop_fraction, is_update_step, sched_const, sched_cos, sched_lin
-from fastsparse.score import call_score, has_momentum, needs_dense_grad, opt_slots, opt_state
+from fastsparse.score import has_momentum, needs_dense_grad, opt_slots, opt_state
 from fastsparse.topology import drop_and_grow, n_kept, set_masks, share_out, sparse_mask, top_k_mask
 from conftest import assert_sparse, counts, masked, masks, same, state, toy_net
 
@@ -399,6 +398,34 @@ def test_dict_of_patterns():
     sparsify_model(model, .9, sparse_f={'0': 0.})                                      # names of layers do too
     assert counts(model) == {'2.0.weight': n_kept(64, .9), '4.weight': 32}             # the others: the model's
     with pytest.raises(ValueError, match='0.weight.*2.0.weight'): sparsify_model(conv_net(), .9, sparse_f={'head*': .5})
+
+@pytest.mark.parametrize('f,msg', [(lambda ps,s: None, 'returned None'), (lambda ps,s: {'weight': .5}, 'returned {'), ([.5, .5, .5], 'function or a dict'), ({0: .5}, 'names and patterns')])
+def test_no_distribution(f, msg):
+    with pytest.raises(ValueError, match=msg): sparsify_model(conv_net(), .9, sparse_f=f)
+
+def test_an_optimizer_that_has_stepped():
+    m = nn.Linear(16, 16)
+    opt = torch.optim.Adam(m.parameters())
+    def step():
+        opt.zero_grad()
+        m(torch.randn(4, 16)).square().sum().backward()
+        opt.step()
+    step()
+    sparsify_model(m, .9, opt=opt)
+    for _ in range(3):
+        step()
+        assert_sparse(m, opt)
+
+def test_weight_norm_is_warned_of_outputs_without_connection():
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        m = torch.nn.utils.weight_norm(nn.Linear(8, 64))
+    with pytest.warns(UserWarning, match='NaN in: weight_v'): sparsify_model(m, .95)
+
+def test_masked_models_are_exported():
+    m,x = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3)).eval(),torch.randn(2, 8)
+    sparsify_model(m, .5)
+    for strict in False,True: torch.testing.assert_close(torch.export.export(m, (x,), strict=strict).module()(x), m(x))
 
 @pytest.mark.parametrize('f', [lambda ps,s: [s], lambda ps,s: [s]*9, lambda ps,s: []])
 def test_distribution_of_wrong_length(f):

@@ -1,12 +1,12 @@
 "Models of all kinds: which weights get masks, and that they stay on them."
-import copy, math, warnings
+import copy, warnings
 import pytest, torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
-from fastai.basics import Adam, DataLoader, DataLoaders, Learner, accuracy, CrossEntropyLossFlat
-from fastsparse import DynamicSparseTrainingCallback as DST, RigL_presets, SET_presets, SNFS_presets, sparse_params, sparseable_params, sparsify_model
-from conftest import Items, assert_sparse, counts, fit, masked, masks, quiet, same, state, toy_dls, toy_learner
+from fastai.basics import Adam, accuracy, CrossEntropyLossFlat
+from fastsparse import DynamicSparseTrainingCallback as DST, RigL_presets, sparse_params, sparseable_params, sparsify_model
+from conftest import assert_sparse, counts, fit, masked, masks, same, state, toy_dls, toy_learner
 from test_callback import Watch, dst, presets, watches
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -133,7 +133,7 @@ def test_copy_save_and_remove(kind, tmp_path):
     if kind not in ('weight_norm', 'spectral_norm'):                # torch itself can't deepcopy these after a forward
         twin = copy.deepcopy(learn.model)
         assert same(state(twin), state(learn.model)) and len(sparse_params(twin)) == n
-    before,x = state(learn.model),learn.dls.one_batch()[0]
+    x = learn.dls.one_batch()[0]
     learn.path = tmp_path
     fit(learn, 1, cbs=dst('SET', 2))
     learn.save('m')
@@ -224,8 +224,9 @@ def test_a_computed_weight_is_left_alone(wrap):
     "Its parameter isn't the layer's own; the others are masked"
     torch.manual_seed(0)
     m = nn.Sequential(nn.Flatten(), wrap(nn.Linear(32, 8)), nn.Tanh(), nn.Linear(8, 3))
-    learn = toy_learner(.6, model=m, dls=toy_dls(items=items()))
+    with pytest.warns(UserWarning, match='stay dense: 1$'): learn = toy_learner(.6, model=m, dls=toy_dls(items=items()))
     assert set(counts(m)) == {'3.weight'}
+    with pytest.raises(ValueError, match='not parametrizations'): sparsify_model(wrap(nn.Linear(8, 8)), .5)
     fit(learn, 1, cbs=[dst('RigL', 2), *watches(learn)])
 
 def test_frozen_weights_are_masked_and_never_moved():
@@ -254,7 +255,7 @@ def test_layers_that_a_batch_does_not_use(method):
 
 @each_method
 def test_tabular_learner(method):
-    from fastai.tabular.all import CategoryBlock, Categorify, FillMissing, Normalize, TabularDataLoaders, tabular_learner
+    from fastai.tabular.all import CategoryBlock, Categorify, Normalize, TabularDataLoaders, tabular_learner
     import numpy as np, pandas as pd
     rng = np.random.default_rng(0)
     df = pd.DataFrame(dict(a=rng.normal(size=96).astype('float32'), b=rng.normal(size=96).astype('float32'), c=rng.choice(list('xyz'), 96)))
@@ -288,7 +289,6 @@ def test_text_learner(method, skip_decoder):
     fit(learn, 2, cbs=[*watches(learn), *([dst(method, 2)] if method else [])])
     assert same(before, masks(learn.model)) == (method is None)
     for r in learn.model[0].rnns:                                       # the weight that the LSTM really used
-        w = r.module.weight_hh_l0.detach()
         learn.model.eval(); learn.model.reset()
         with torch.no_grad(): learn.model(seqs[:2])
         assert not r.module.weight_hh_l0.detach()[~r.weight_hh_l0_raw_mask].any()

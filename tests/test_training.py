@@ -6,11 +6,12 @@ from torch import nn
 from fastai.basics import Adam, Callback, CancelFitException, DataLoader, DataLoaders, Learner, OptimWrapper, SGD, TensorBase, load_model, save_model
 from fastai.callback.fp16 import MixedPrecision
 import fastai.callback.hook
-from fastai.callback.schedule import fit_one_cycle
+import fastai.callback.schedule
 from fastai.callback.tracker import SaveModelCallback
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.optimizer import Lamb, RAdam, ranger
 from fastai.interpret import Interpretation
+from fastai.losses import CrossEntropyLossFlat, FocalLossFlat
 from torch.optim.swa_utils import AveragedModel
 from fastsparse import (DynamicSparseTrainingCallback, RigL_presets, SET_presets, SNFS_presets, CheckpointCallback, ResumeCallback, SparseKernelsCallback,
                         dense_parameters, load_sparse_model, sparse_kernels_report, sparse_params, sparsify_model)
@@ -230,7 +231,43 @@ def test_timings_are_kept_and_a_broken_file_is_done_without(tmp_path):
     assert len(n) == 3
     f.write_text('{broken')
     assert TimingCache(f)('layer', lambda: dict(dense=3.))['dense'] == 3.
+    for odd in ('{"a machine": [1]}', '{"a machine": {"layer": [1]}}', '[]'):
+        f.write_text(odd)
+        assert TimingCache(f)('layer', lambda: dict(dense=3., sparse=4.))['dense'] == 3.
     assert TimingCache('/proc/no/such/place')('layer', lambda: dict(dense=1.))['dense'] == 1.
+
+def test_timings_of_two_runs_at_once_are_both_kept(tmp_path):
+    a,b = (TimingCache(tmp_path/'t.json') for _ in range(2))
+    for c,n in ((a, 'x'), (b, 'y'), (a, 'z')): c(n, lambda: dict(dense=1., sparse=2.))
+    assert TimingCache(tmp_path/'t.json').times[training._machine()].keys() == {'x', 'y', 'z'}
+
+def test_a_layer_that_cannot_be_compressed_keeps_its_optimizer_slots():
+    lin = nn.Linear(8, 8)
+    lin.register_buffer('mine', torch.zeros(3))
+    sparsify_model(lin, .5)
+    opt = torch.optim.Adam(lin.parameters())
+    lin(torch.randn(2, 8)).sum().backward()
+    opt.step()
+    with pytest.raises(TypeError, match='mine'): training.compress_param(sparse_params(lin)[0], opt)
+    assert all(t.shape in ((8, 8), ()) for t in opt.state[lin.weight].values()) and lin.weight.shape == (8, 8)
+
+def test_attention_asks_for_the_mask_that_torch_asks_for():
+    m = nn.MultiheadAttention(8, 2)
+    sparsify_model(m, .5)
+    training.compress_params(m, sparse_params(m))
+    x = torch.randn(3, 2, 8)
+    with pytest.raises(RuntimeError, match='Need attn_mask'): m(x, x, x, is_causal=True, need_weights=False)
+
+def test_an_interrupted_run_leaves_memory_to_the_next_to_give_back(monkeypatch):
+    asked = []
+    monkeypatch.setattr(training.kernels, 'keep_freed_memory', lambda on: asked.append(on) or True)
+    class Stop(Callback):
+        def after_step(self): raise RuntimeError('stop')
+    cb = SparseKernelsCallback(sparse_kernels=True, sparsity_threshold=.5)
+    with pytest.raises(RuntimeError, match='stop'): run(learner(), 1, cb, Stop())
+    assert asked[-1]
+    run(learner(), 1, SparseKernelsCallback(sparsity_threshold=.99))
+    assert not asked[-1] and asked.count(False) == 1
 
 # ------------------------------------------------------------------------------------------------ checkpoints
 
@@ -269,8 +306,27 @@ def test_resume_on_the_kernels_is_bit_identical(method, every, tmp_path):
             if self.training and self.learn.train_iter == 21: raise KeyboardInterrupt
     through = run(learner(), 4, dst(method))
     with pytest.raises(KeyboardInterrupt): run(learner(), 4, dst(method), CheckpointCallback(tmp_path/'c', every), Stop())
-    resumed = run(learner(seed=3), 4, dst(method), ResumeCallback(tmp_path/'c'))
+    resumed = run(learner(seed=3), 4, dst(method), CheckpointCallback(tmp_path/'c', every), ResumeCallback(tmp_path/'c'))
     assert close(through.model.state_dict(), resumed.model.state_dict(), 0, 0)
+
+@pytest.mark.parametrize('loss_func', [CrossEntropyLossFlat(), FocalLossFlat()], ids=['flat', 'focal'])
+def test_a_run_with_fastais_losses_resumes(loss_func, tmp_path):
+    "Their values are tensors of fastai's own kind."
+    def start(*cbs):
+        learn = learner()
+        learn.loss_func = loss_func
+        return run(learn, 2, dst(), *cbs)
+    through = start(CheckpointCallback(tmp_path/'c', 3))
+    with pytest.raises(KeyboardInterrupt): start(CheckpointCallback(tmp_path/'c', 3), Raise('after_batch', 8, order=100))
+    resumed = start(CheckpointCallback(tmp_path/'c', 3), ResumeCallback(tmp_path/'c'))
+    assert close(through.model.state_dict(), resumed.model.state_dict(), 0, 0)
+
+def test_a_depthwise_convolution_cannot_be_insisted_on():
+    m = nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.Flatten(), nn.LazyLinear(3))
+    m(torch.randn(2, 8, 6, 6))
+    sparsify_model(m, .9)
+    assert 'depthwise' in training.why_not_param(sparse_params(m)[0]) and training.why_not_param(sparse_params(m)[1]) is None
+    with pytest.raises(ValueError, match='depthwise'): training.SparseCompute(m, None, True)
 
 # ------------------------------------------------------------------------------------------------ reliability
 
@@ -612,6 +668,8 @@ def test_native_helpers_refuse_what_does_not_fit():
     with pytest.raises(TypeError): k.collect(f, b, 0., room, None)
     with pytest.raises(IndexError): k.pick(f.reshape(2, 2), n([0,2,4]).numpy(), i, f.copy())
     with pytest.raises(ValueError): k.pick(f.reshape(2, 2), n([0,5,4]).numpy(), i, f.copy())
+    for bad in ([0,1,2,4], [-1,1,2,3], [0,1,3,2], [0,0,2,3]):
+        with pytest.raises(IndexError): k.regrow(n([0,2,4]).numpy(), n(bad, dtype=torch.int32).numpy(), 4, b, n([], dtype=torch.int64).numpy())
     for ptr,fresh in (([0,2,3], []), ([0,5,4], []), ([0,2,4], [3,3]), ([0,2,4], [8]), ([0,2,4], [-1])):
         with pytest.raises(ValueError): k.regrow(n(ptr).numpy(), i, 4, b, n(fresh, dtype=torch.int64).numpy())
 
