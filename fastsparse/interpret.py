@@ -17,6 +17,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.rnn import PackedSequence
+from .layers import SparseModule
 from .topology import sparseable_params
 
 # %% ../nbs/11_interpret.ipynb #0df67b37
@@ -26,11 +27,12 @@ class LayerWeight(NamedTuple):
     module: nn.Module   # The module that owns it
     pname: str          # Its name there
     shape: tuple        # Shape of the dense weight
-    mask: torch.Tensor  # Bool, `shape`; `None` if all of it exists
+    mask: torch.Tensor  # Bool, `shape`; `None` if it has none
     target: float       # Sparsity aimed at; NaN if it never had a mask
 
     def counts(self, n=1):
         "Connections in each of `n` equal parts of the first axis."
+        if isinstance(self.module, SparseModule): return [int(c.sum()) for c in self.module.indptr.diff().chunk(n)]
         return [prod(self.shape)//n]*n if self.mask is None else [int(c.sum()) for c in self.mask.chunk(n)]
 
 # %% ../nbs/11_interpret.ipynb #c943868d
@@ -42,11 +44,9 @@ def _model_of(o):
 
 # %% ../nbs/11_interpret.ipynb #8b049c59
 def _stored_sparse(model):
-    "Layers that hold nonzeros only and were never anything else."
-    for n,m in model.named_modules():
-        if not getattr(m, 'is_sparse_module', False): continue
-        target = float(getattr(m, 'weight_sparsity', m.sparsity))
-        yield LayerWeight(f'{n}.weight' if n else 'weight', m, 'weight', tuple(m.weight_shape), m.mask, target)
+    "Weights of `SparseLinear` and `SparseConv2d`: no mask, which might not fit into memory, but the structure."
+    return [LayerWeight(f'{n}.weight' if n else 'weight', m, 'weight', tuple(m.weight_shape), None, m.sparsity)
+            for n,m in model.named_modules() if isinstance(m, SparseModule)]
 
 # %% ../nbs/11_interpret.ipynb #a07a4dc1
 def layer_weights(
@@ -58,7 +58,7 @@ def layer_weights(
     lazy = [p.name for p in ps if isinstance(p.param, UninitializedParameter)]
     if lazy: raise ValueError(f"not initialised yet: {', '.join(lazy)}. Run one batch through the model first.")
     res = [LayerWeight(p.name, p.module, p.pname, tuple((p.param if p.mask is None else p.mask).shape), p.mask, nan if p.mask is None else p.target)
-           for p in ps] + list(_stored_sparse(model))
+           for p in ps] + _stored_sparse(model)
     if not res: raise ValueError(f"{type(model).__name__} has no layer that could be sparse (linear, convolutional, recurrent or attention).")
     order = {id(p): i for i,p in enumerate(model.parameters())}
     return sorted(res, key=lambda w: order[id(getattr(w.module, w.pname))])

@@ -31,7 +31,6 @@ from zlib import crc32
 from fastcore.basics import patch
 from torch import nn, Tensor
 from torch.autograd import Function, forward_ad
-from torch.autograd.function import once_differentiable
 from torch.nn.utils import skip_init
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.parameter import UninitializedParameter
@@ -176,7 +175,7 @@ class LinearGeometry(NamedTuple):
         *batch,_ = x_shape
         return *batch, self.n_rows
 
-    def batched(self, t): return (t if t.dim()==2 else t.reshape(-1, t.shape[-1])).contiguous()
+    def batched(self, t): return (t if t.dim()==2 else t.reshape(prod(t.shape[:-1]), t.shape[-1])).contiguous()
     def bias_grad(self, dy, dtype=None): return self.batched(dy).sum(0).to(dtype or dy.dtype)
 
     def op(self, x, values, indptr, indices, bias):
@@ -243,7 +242,7 @@ def structure_stamp(
     indptr:Tensor,
     indices:Tensor,
 ) -> tuple:
-    "Changes whenever one of the two is written to or gets another memory."
+    "Changes whenever one of the two is written to or gets another memory. Writing by way of `.data` or numpy is hidden from PyTorch, and from this: give the layer a structure by `set_structure`."
     try: return indptr.data_ptr(), indptr._version, indices.data_ptr(), indices._version, indices.numel()
     except RuntimeError:  # inference tensors count no versions
         return tuple(crc32(t.numpy()) for t in (indptr, indices))
@@ -298,7 +297,7 @@ def _dense_backward(geom, plan, x, dy, values, x_shape, need_x, need_v, v_dtype)
 
 def _values(plan, values):
     if values.numel() != plan.nnz: raise RuntimeError(f'weight of shape {tuple(values.shape)} for a structure of {plan.nnz} nonzeros')
-    return values.detach()  # which holds the memory even if another thread gives the parameter a new one
+    return values.detach().contiguous()  # which holds the memory even if another thread gives the parameter a new one
 
 # %% ../nbs/05_layers.ipynb #8383e76d
 def run_forward(
@@ -310,7 +309,7 @@ def run_forward(
 ) -> Tensor: # In the dtype of `x`
     "Output of the layer. Should a kernel fail, the layer computes densely from then on."
     out = x.new_empty(geom.out_shape(x.shape))
-    if _survives(plan, plan.forward, geom.batched(x), _values(plan, values), None if bias is None else bias.detach(), geom.batched(out), None, _dtype(x)): return out
+    if _survives(plan, plan.forward, geom.batched(x), _values(plan, values), None if bias is None else bias.detach().contiguous(), geom.batched(out), None, _dtype(x)): return out
     w = dense_weight(values.detach(), *plan.structure, geom.weight_shape).to(x.dtype)
     return geom.dense(x, w, None if bias is None else bias.to(x.dtype))
 
@@ -342,13 +341,20 @@ def run_backward(
 def differentiable_once(
     backward, # Of a `Function`
 ):
-    "Decorator: torch's `once_differentiable`, whose bookkeeping takes as long as a small layer, only with `create_graph=True`."
-    careful = once_differentiable(backward)
+    """Decorator: whoever differentiates the gradients again gets an error, as with torch's `once_differentiable`. That one takes as long as a small layer, so this asks first
+    whether there is a graph of the gradients; and it has them depend on saved tensors too, or a graph that ends there would miss the error and give zeros."""
     @wraps(backward)
     def _f(ctx, *grads):
         if not torch.is_grad_enabled(): return backward(ctx, *grads)
-        return careful(ctx, *(g if g is None or g.requires_grad else g.detach().requires_grad_() for g in grads))      # torch's check looks at these only, not at saved tensors
+        with torch.no_grad(): outs = backward(ctx, *grads)
+        found = [o.detach().requires_grad_() for o in outs if o is not None] if isinstance(outs, tuple) else [outs.detach().requires_grad_()]
+        on = [t for t in (*grads, *ctx.saved_tensors) if t is not None and t.requires_grad]
+        told = _Told('trying to differentiate twice a sparse layer or a layer beside one, which can be differentiated once only (once_differentiable)', len(found)+len(on))(*found, *on)
+        told = iter(told if isinstance(told, tuple) else (told,))
+        return tuple(None if o is None else next(told) for o in outs) if isinstance(outs, tuple) else next(told)
     return _f
+
+_Told = torch._C._functions.DelayedError
 
 class SparseFunction(Function):
     "A sparse layer as one node of the autograd graph."
@@ -421,7 +427,7 @@ def _linear_backward(ctx, dy):
     else:
         dx = linear_backward_input_op(dy, values, indptr, indices, ctx.n_cols) if need_x else None
         dv = linear_backward_weight_op(x, dy, indptr, indices) if need_v else None
-    return dx, None if dv is None else dv.to(ctx.dtypes[0]), None, None, dy.reshape(-1, dy.shape[-1]).sum(0).to(ctx.dtypes[1]) if need_b else None, None
+    return dx, None if dv is None else dv.to(ctx.dtypes[0]), None, None, dy.sum_to_size(dy.shape[-1]).to(ctx.dtypes[1]) if need_b else None, None
 
 linear_op.register_autograd(_linear_backward, setup_context=_linear_setup)
 
@@ -540,8 +546,7 @@ def _autocast(x): return torch.get_autocast_dtype('cpu') if x.is_cpu and torch.i
 
 def _why_transformed():
     "Is a transform at work that would not see through the kernels?"
-    if torch.compiler.is_compiling(): return None
-    if _in_functorch() is not None: return 'inside a torch.func transform'
+    if not torch.compiler.is_compiling() and _in_functorch() is not None: return 'inside a torch.func transform'
     if forward_ad._current_level >= 0: return 'inside forward-mode differentiation'
 
 def why_dense(
@@ -923,7 +928,7 @@ def _load_from_state_dict(self:SparseModule, state_dict, prefix, local_metadata,
     sd = {k[len(prefix):]:v for k,v in state_dict.items() if k.startswith(prefix)}
     try: new = _check_entries(self, sd)
     except ValueError as e: return error_msgs.append(f'{prefix or type(self).__name__}: {e}')
-    if new and not all(torch.equal(sd[k].to(t), t) for k,t in (('indptr',self.indptr), ('indices',self.indices))):
+    if new and (self.indices.is_meta or not all(torch.equal(sd[k].to(t), t) for k,t in (('indptr',self.indptr), ('indices',self.indices)))):
         self.set_structure(sd['indptr'], sd['indices'])
     if 'weight_sparsity' in sd and not hasattr(self, 'weight_sparsity'): self.register_buffer('weight_sparsity', sd['weight_sparsity'].clone())
     nn.Module._load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
@@ -992,8 +997,9 @@ def hold_interrupts():
         return
     hits,old = [],signal.signal(signal.SIGINT, lambda *a: hits.append(a))
     try: yield
-    finally: signal.signal(signal.SIGINT, signal.default_int_handler if old is None else old)
-    if hits: signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler if old is None else old)
+        if hits: signal.raise_signal(signal.SIGINT)
 
 # %% ../nbs/05_layers.ipynb #7d00152e
 @torch.no_grad()
@@ -1268,7 +1274,7 @@ def swap_modules_with_sparse(
     if input_shape is None and example_inputs is None and only_if_faster:
         raise ValueError('give input_shape= or example_inputs= to measure on, or only_if_faster=False to swap without measuring')
     skips = _skips(model, skip_modules)  # modules given by themselves are found before the copy
-    if not inplace: model = deepcopy(model)
+    if not inplace: model = _copy(model)
     layers,owners = _places(model)
     keep = {m: skips.get(names[0]) or _why_keep(m, owners, threshold) for m,names in layers.items()}
     candidates = [m for m in layers if keep[m] is None]
@@ -1284,8 +1290,14 @@ def swap_modules_with_sparse(
     return model, report
 
 # %% ../nbs/05_layers.ipynb #d6646244
+def _copy(model):
+    "A deep copy. Tensors that a hook computes before each forward, as pruning and weight norm do, are copied by value, for which torch has no word."
+    computed = [t for m in model.modules() for t in vars(m).values() if isinstance(t, Tensor) and not t.is_leaf]
+    return deepcopy(model, {id(t): t.detach().clone() for t in computed})
+
 def _random_inputs(shape, dtype):
     if shape is None: return None
+    if not isinstance(shape, (tuple,list)) or not shape: raise ValueError(f'input_shape is the shape of a batch, such as (64, 3, 32, 32), or a list of shapes, not {shape!r}')
     shapes = shape if isinstance(shape[0], (tuple,list)) else [shape]
     with torch.random.fork_rng(devices=[]): return tuple(torch.randn(s, dtype=dtype) for s in shapes)
 

@@ -131,6 +131,7 @@ class Neighbours:
         if m not in self.inputs: return row
         shape,why,need_dx = self.inputs[m]
         if why: return {**row, 'why': why}
+        if getattr(m, 'return_indices', False): return {**row, 'why': 'its positions are asked for'}
         if self.cache is None: return {**row, 'chosen': 'kernel', 'why': 'asked for'}
         ms = self.cache(f'{m} x{shape} dx{int(need_dx)}', lambda: measure_neighbour(m, shape, need_dx))
         row.update(dense_ms=ms['dense'], sparse_ms=ms['sparse'])
@@ -173,7 +174,6 @@ def measure_neighbour(
     "How fast a layer like `m` is either way."
     args = dict(affine=m.affine) if isinstance(m, nn.BatchNorm2d) else {}
     make = (lambda cls: cls(m.num_features, **args)) if args else lambda cls: cls(m.kernel_size, m.stride, m.padding, m.dilation, m.return_indices, m.ceil_mode)
-    if not args and m.return_indices: return dict(dense=0., sparse=0.)
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         x = torch.randn(shape)
         return interleaved_ms({k: training_step(make(cls), x, need_dx) for k,cls in (('dense',type(m)), ('sparse',kernel_types[type(m)]))})

@@ -144,7 +144,9 @@ void linear_backward(const LinearPlan& p, const py::object& x, const Array& dy, 
 // The shape of a batch that may be packed.
 struct Batched {
     i64 batch, lanes;
-    explicit Batched(i64 batch) : batch(batch), lanes(LinearPlan::packed_lanes(batch)) {}
+    explicit Batched(i64 batch) : batch(batch), lanes(LinearPlan::packed_lanes(batch)) {
+        if (batch < 0 || batch > std::numeric_limits<i32>::max()) throw py::value_error("batch is " + std::to_string(batch) + ", expected 0 to 2^31-1");
+    }
     const float* in(const py::object& o, const char* name, bool packed, i64 dim) const {
         return packed ? input(o, name, {dim * lanes}) : input(o, name, {batch, dim});
     }
@@ -526,6 +528,9 @@ py::tuple regrown(const Array& indptr, const Array& indices, i64 cols, const Arr
     check(kept, "kept", boolean);
     check_shape(kept, "kept", {nnz});
     if (rows < 0 || cols < 0 || ptr[0] != 0 || ptr[rows] != nnz || !std::is_sorted(ptr, ptr + rows + 1)) throw py::value_error("indptr must rise from 0 to the number of indices");
+    for (i64 r = 0; r < rows; ++r)
+        for (i64 k = ptr[r]; k < ptr[r + 1]; ++k)
+            if (idx[k] < (k > ptr[r] ? idx[k - 1] + i64(1) : 0) || idx[k] >= cols) throw py::index_error("indices must be columns, ascending in each row");
     for (i64 i = 0; i < n; ++i)
         if (fp[i] < (i ? fp[i - 1] + 1 : 0) || fp[i] >= rows * cols) throw py::value_error("fresh must be positions of the weight, ascending");
     Regrown r;

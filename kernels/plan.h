@@ -36,11 +36,10 @@ struct Panels {
     Raw<uint32_t> perm;           // and where they are in a; with `near` for a's columns
     Raw<uint16_t> near;           // each entry's column less its panel's first one, in this order, for Linear
     std::vector<i64> starts;      // where in it each (chunk, panel) begins; of a transposed one, where each panel does
-    // Of a transposed one, if asked for: where each entry of a is here.
-    Raw<uint32_t> from;
-    enum Entries { none, reordered, nearby };
+    Raw<uint32_t> from;           // of a transposed one: where each entry of a is here. Empty unless both gradients are to come from one sweep, which needs it
+    enum Entries { none, reordered, nearby };   // only segs; idx and perm; near and starts
     Panels(const Csr& a, i64 row0, i64 row1, i64 chunk, i64 width, Entries entries, int threads = 1);
-    // Of a's columns: near and perm in this order, each segment from a multiple of `apart` on, and each panel's part of a chunk from one of `block_apart`.
+    // Of a's columns: near, perm and, if `back`, from, in this order, each segment from a multiple of `apart` on, and each panel's part of a chunk from one of `block_apart`.
     static Panels transposed(const Csr& a, i64 chunk, i64 width, bool back, int threads);
     static constexpr i64 apart = 4, block_apart = 16;
     const Seg* begin(i64 c, i64 p) const { return segs.data() + at[c * n_panels + p].from; }

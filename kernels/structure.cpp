@@ -254,16 +254,17 @@ Csr checked_csr(const i64* indptr, i64 n_indptr, const i32* idx, i64 nnz, i64 ro
         throw std::overflow_error("a matrix of " + std::to_string(rows) + " x " + std::to_string(cols) + " does not fit 32-bit indices");
     if (nnz > most_positions) throw std::overflow_error("more than 2^32-1 nonzeros in one layer");
     if (n_indptr != rows + 1) bad("indptr has " + std::to_string(n_indptr) + " entries, expected rows+1 = " + std::to_string(rows + 1));
+    Csr a;   // copied before it is checked, as other threads may write to what was given
+    a.rows = rows; a.cols = cols;
+    a.indptr.assign(indptr, indptr + rows + 1);
+    a.idx.resize(size_t(nnz));
+    std::copy_n(idx, nnz, a.idx.data());
+    indptr = a.indptr.data(); idx = a.idx.data();
     if (indptr[0] != 0) bad("indptr[0] is " + std::to_string(indptr[0]) + ", expected 0");
     if (indptr[rows] != nnz) bad("indptr ends at " + std::to_string(indptr[rows]) + ", expected nnz = " + std::to_string(nnz));
     for (i64 r = 0; r < rows; ++r)
         if (indptr[r] > indptr[r + 1]) bad("indptr decreases at row " + std::to_string(r));
     if (!in_order(indptr, idx, rows, cols)) bad_index(indptr, idx, rows, cols);
-    Csr a;
-    a.rows = rows; a.cols = cols;
-    a.indptr.assign(indptr, indptr + rows + 1);
-    a.idx.resize(size_t(nnz));
-    std::copy_n(idx, nnz, a.idx.data());
     return a;
 }
 

@@ -92,6 +92,21 @@ def test_compressed_layers_report_as_before():
     for i in (0,2): compress(m[i])
     assert sparsity_report(m).equals(before[0]) and count_flops(m, x).equals(before[1])
 
+def test_layers_that_store_nonzeros_only():
+    from fastsparse import SparseLinear, swap_modules_with_sparse
+    m = nn.Sequential(nn.Conv2d(2,4,3,groups=2), nn.Flatten(), nn.Linear(64,10))
+    sparsify_model(m, 0.8)
+    x = torch.randn(2,2,6,6)
+    before = sparsity_report(m),count_flops(m, x)
+    fast,_ = swap_modules_with_sparse(m, threshold=0, only_if_faster=False)
+    after = sparsity_report(fast)
+    cols = ['shape', 'weights', 'nonzeros', 'sparsity']
+    assert after[cols].equals(before[0][cols]) and count_flops(fast, x).equals(before[1])
+    plt.close(plot_sparsity(fast).figure)
+    huge = SparseLinear(10**6, 10**6, sparsity=1-1e-9)      # a mask of it would take 10^12 bytes
+    r = sparsity_report(nn.Sequential(huge, nn.Linear(3, 2)))
+    assert r.loc['total', 'weights'] == 10**12+6 and r.loc['0.weight', 'nonzeros'] == huge.nnz
+
 def test_lazy_layer_is_named():
     with pytest.raises(ValueError, match='not initialised yet: 0.weight'): sparsity_report(nn.Sequential(nn.LazyLinear(3)))
 

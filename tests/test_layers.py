@@ -211,6 +211,47 @@ class TestAutograd:
             with pytest.raises(RuntimeError, match='twice|autograd'): g.sum().backward()
 
     @needs_kernels
+    @pytest.mark.parametrize('make,shape', [(lambda: SparseLinear(7, 5, sparsity=.6), (3,7)), (lambda: SparseConv2d(2, 3, 3, sparsity=.5), (2,2,5,5))], ids=['linear', 'conv'])
+    def test_double_backward_raises_wherever_it_ends(self, make, shape):
+        "No zeros in silence where only some inputs are asked for."
+        sparse,x = make(),torch.randn(shape, requires_grad=True)
+        for f in torch.autograd.functional.hessian,lambda f, x: torch.autograd.functional.hvp(f, x, x):
+            with pytest.raises(RuntimeError, match='twice'): f(lambda x: sparse(x).pow(2).sum(), x.detach())
+        g, = torch.autograd.grad(sparse(x).sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match='twice'): g.pow(2).sum().backward(inputs=[sparse.weight])
+        want = torch.autograd.grad(sparse(x).pow(2).sum(), [x, *sparse.parameters()])
+        for a,b in zip(torch.autograd.grad(sparse(x).pow(2).sum(), [x, *sparse.parameters()], create_graph=True), want): assert a.requires_grad and torch.equal(a, b)
+
+    @pytest.mark.parametrize('n_in,n_out,shape', [(0,5,(2,3,0)), (0,5,(0,)), (5,0,(2,3,5)), (5,0,(5,))])
+    def test_no_features(self, n_in, n_out, shape):
+        sparse,x = SparseLinear(n_in, n_out, sparsity=.5),torch.zeros(shape, requires_grad=True)
+        for f in sparse,lambda x: sparse.geometry.op(x, sparse.weight, sparse.indptr, sparse.indices, sparse.bias):
+            y = f(x)
+            torch.testing.assert_close(y, sparse.to_dense()(x))
+            y.sum().backward()
+            assert x.grad.shape == shape and sparse.bias.grad.shape == (n_out,)
+
+    def test_parameters_that_are_not_contiguous(self):
+        sparse,x = SparseLinear(7, 5, sparsity=.6),torch.randn(3, 7)
+        sparse.weight.data,sparse.bias = torch.randn(sparse.nnz, 2)[:,0],nn.Parameter(torch.ones(1).expand(5))
+        torch.testing.assert_close(sparse(x), sparse.to_dense()(x))
+        sparse(x).sum().backward()
+        torch.testing.assert_close(sparse.weight.grad, x.sum(0)[sparse.indices.long()])
+
+    @needs_kernels
+    def test_compiled_forward_mode(self):
+        torch._dynamo.reset()
+        sparse,x,v = SparseLinear(7, 5, sparsity=.6),torch.randn(3, 7),torch.randn(3, 7)
+        def f(x, v): return torch.func.jvp(sparse, (x,), (v,))[1]
+        torch.testing.assert_close(torch.compile(f, backend='aot_eager')(x, v), v @ sparse.dense_weight().T)
+
+    def test_loads_into_a_module_without_memory(self):
+        sparse,x = SparseLinear(7, 5, sparsity=.6),torch.randn(3, 7)
+        m = copy.deepcopy(sparse).to('meta')
+        m.load_state_dict(sparse.state_dict(), assign=True)
+        assert torch.equal(m(x), sparse(x))
+
+    @needs_kernels
     def test_input_gradient_only_where_asked_for(self):
         sparse = SparseLinear(7, 5, sparsity=.6)
         y = sparse(torch.randn(3, 7))
@@ -764,7 +805,7 @@ class TestModule:
         x = input_of(m).requires_grad_()
         with FlopCounterMode(display=False) as dense_fwd: m.to_dense()(x)
         share = m.nnz/np.prod(m.weight_shape)
-        with FlopCounterMode(display=False) as fwd: y = m(x)
+        with FlopCounterMode(display=False) as fwd: m(x)
         assert fwd.get_total_flops() == round(dense_fwd.get_total_flops()*share)
         with FlopCounterMode(display=False) as both: m(x).sum().backward()
         assert both.get_total_flops() == 3*fwd.get_total_flops()
@@ -873,14 +914,21 @@ class TestSwap:
         model = nn.ModuleDict(dict(par=nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), mha=nn.MultiheadAttention(4, 2), comp=compress(masked(nn.Linear(4, 4), .2))))
         _,report = swap_modules_with_sparse(model, only_if_faster=False, threshold=0)
         assert {r['chosen'] for r in report} == {'dense'} and [r['why'][:9] for r in report] == ['it is a P', 'it is a N', 'it is com']
+        for bad in 512,():
+            with pytest.raises(ValueError, match='shape of a batch'): swap_modules_with_sparse(nn.Sequential(nn.Linear(3, 3)), bad, threshold=0)
         with pytest.raises(ValueError, match='no shape yet'): swap_modules_with_sparse(nn.LazyLinear(3), (2,2))
 
     def test_pruned_by_torch(self, sparse_wins):
         lin = nn.Linear(20, 10)
         nn.utils.prune.random_unstructured(lin, 'weight', .9)
         lin.weight_orig.data.add_(1)  # what an optimizer step does: `weight` is stale now
-        fast,report = swap_modules_with_sparse(nn.Sequential(lin), (2,20), inplace=True)  # torch cannot copy a pruned layer
-        assert type(fast[0]) is SparseLinear and fast[0].nnz == 20
+        old = nn.Sequential(lin)
+        old(torch.randn(2, 20))
+        stale = lin.weight
+        copied,_ = swap_modules_with_sparse(old, (2,20))
+        assert type(copied[0]) is SparseLinear and old[0] is lin and lin.weight is stale and lin._forward_pre_hooks
+        fast,report = swap_modules_with_sparse(nn.Sequential(lin), (2,20), inplace=True)
+        assert type(fast[0]) is SparseLinear and fast[0].nnz == 20 and torch.equal(copied[0].weight, fast[0].weight)
         assert torch.equal(SparseLinear.from_dense(lin).dense_weight(), lin.weight_orig*lin.weight_mask)
         x = torch.randn(2, 20)
         torch.testing.assert_close(fast(x), nn.Sequential(lin)(x))
@@ -1151,6 +1199,13 @@ def test_ctrl_c_waits_until_a_layer_is_whole(monkeypatch):
     assert is_compressed(lin) and lin.weight.dim() == 1
     with pytest.raises(KeyboardInterrupt): expand(lin)
     assert not is_compressed(lin) and lin.weight.dim() == 2 and 'weight_indptr' not in lin._buffers
+
+def test_ctrl_c_in_a_block_that_fails_is_not_lost():
+    import signal
+    with pytest.raises(KeyboardInterrupt):
+        with L.hold_interrupts():
+            signal.raise_signal(signal.SIGINT)
+            raise ValueError
 
 def test_mask_hooks_of_the_topology_leave_compressed_layers_alone():
     topology = pytest.importorskip('fastsparse.topology')

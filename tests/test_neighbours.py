@@ -4,8 +4,9 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 from fastai.basics import Callback, Learner, SGD
 from fastsparse import CheckpointCallback, ResumeCallback, SparseKernelsCallback, kernels, sparsify_model
-from fastsparse.neighbours import KernelBatchNorm2d, KernelMaxPool2d, NormFunction, PoolFunction, use_torch
-from conftest import quiet, toy_dls, toy_items, Items
+from fastsparse.neighbours import KernelBatchNorm2d, KernelMaxPool2d, Neighbours, NormFunction, PoolFunction
+from fastsparse.training import TimingCache
+from conftest import quiet, toy_dls
 
 pytestmark = pytest.mark.skipif(not kernels.kernels_available(), reason=kernels.why_not())
 
@@ -35,6 +36,21 @@ def test_on_the_kernels_during_fit_only():
     assert set(learn.classes.seen) == {(KernelBatchNorm2d, KernelMaxPool2d)}
     assert (type(learn.model.bn), type(learn.model.pool)) == (nn.BatchNorm2d, nn.MaxPool2d)
     assert set(fit(learner(on=False)).classes.seen) == {(nn.BatchNorm2d, nn.MaxPool2d)}
+
+def test_pooling_that_returns_positions_stays(tmp_path, monkeypatch):
+    monkeypatch.setenv('FASTSPARSE_CACHE', str(tmp_path))
+    class Pairs(Net):
+        def __init__(self):
+            super().__init__()
+            self.pool = nn.MaxPool2d(2, 1, return_indices=True)
+        def forward(self, x): return self.fc(self.pool(self.bn(self.conv(x.view(-1,1,2,3))))[0].flatten(1))
+    for on in ('auto', True):
+        model = Pairs()
+        near = Neighbours(model, TimingCache() if on == 'auto' else None)
+        near.watch()
+        model(torch.randn(4, 6))
+        near.use_kernels()
+        assert near.log['pool']['why'] == 'its positions are asked for' and type(model.pool) is nn.MaxPool2d
 
 def test_same_training():
     a,b = (fit(learner(on), 4).model.state_dict() for on in (True, False))
