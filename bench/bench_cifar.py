@@ -10,7 +10,7 @@ measuring and swapping of layers included; validation is not).
 import argparse, json, platform, time
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
-from fastai.basics import Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, accuracy, set_seed
+from fastai.basics import Callback, CrossEntropyLossFlat, DataLoaders, Learner, accuracy, set_seed
 import fastai.callback.schedule
 from PIL import Image
 from torch import nn

@@ -1,6 +1,6 @@
 "Forward and backward of sparse layers against dense PyTorch and other sparse libraries: one process, interleaved, medians."
 import argparse, json, os, platform, statistics, sys, time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
 from math import exp, log
@@ -111,7 +111,7 @@ def make_sparseprop(case, w, x, dy, over_on=None):
     return _module(SparseConv2d(w.clone(), bias=None, padding=case.pad, stride=case.stride, vectorizing_over_on=over_on), x, dy)
 
 def make_sparselab(case, w, x, dy):
-    import sparselab, torch
+    import sparselab
     m = sparselab.SparseLinear(case.i, case.o, bias=False, sparsity=float((w == 0).float().mean()))
     return _module(m, x, dy)
 
@@ -333,7 +333,7 @@ def main():
     for c in cases:
         for s in sparsities(c):
             points.append(measure(c, s, .3 if a.quick else a.budget, bool(a.peers)))
-            points[-1]['share_of_peak'] = points[-1]['gflops']/info['peak_gflops']
+            points[-1] |= dict(share_of_peak=points[-1]['gflops']/info['peak_gflops'], date=info['date'])
             show(points[-1], info['peak_gflops'])
         if a.out: save(a, info, points)
     for r in summary(points): print({k: round(v, 3) if isinstance(v, float) else v for k, v in r.items()})

@@ -87,7 +87,7 @@ def mnist():
     if not rs: return ''
     rows = [(r['settings']['method'], pct(r['settings']['sparsity']), f"{100*r['accuracy'][-1]:.2f} %", f"{r['active']:,} of {r['weights']:,}", r['updates']) for r in sorted(rs, key=lambda r: -r['accuracy'][-1])]
     s = rs[0]['settings']
-    return (f"MNIST, ResNet-34 from scratch, ERK, {s['epochs']} epochs of one-cycle, batch {s['bs']}, seed {s['seed']} (`python bench/bench_mnist.py`):\n\n" +
+    return (f"MNIST, ResNet-34 from scratch, ERK, {s['epochs']} epochs of one-cycle, batch {s['bs']}, seed {s['seed']} (`python bench/bench_mnist.py --path FOLDER --method METHOD --bs {s['bs']}`):\n\n" +
             table(['method', 'sparsity', 'test accuracy', 'connections (masked layers)', 'updates'], rows))
 
 def cifar():

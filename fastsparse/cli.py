@@ -12,6 +12,7 @@ __all__ = ['data_sets', 'models', 'distributions', 'kernels', 'methods', 'defaul
 # %% ../nbs/12_cli.ipynb #672b40ed
 import argparse, gzip, json, os, platform, re, struct, subprocess, sys, tempfile, time, zipfile, zlib
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np
@@ -58,7 +59,8 @@ def _stack(x, y, what):
     if x.ndim != 4 or not x.size: raise InputError(f"{what}: images of shape {x.shape}; expected (n,height,width) or (n,height,width,channels), n at least 1.")
     if x.dtype.kind not in 'uif': raise InputError(f"{what}: images are {x.dtype}; expected numbers.")
     if y.shape != (len(x),): raise InputError(f"{what}: {len(x)} images, but labels of shape {y.shape}; expected one for each image.")
-    if y.dtype.kind not in 'ui' or y.min() < 0: raise InputError(f"{what}: labels are whole numbers from 0, not {y.dtype}, smallest {y.min()}.")
+    if y.dtype.kind not in 'ui': raise InputError(f"{what}: labels are whole numbers from 0, not {y.dtype}.")
+    if y.min() < 0: raise InputError(f"{what}: labels are whole numbers from 0, the smallest is {y.min()}.")
     return torch.from_numpy(np.array(x, order='C')), torch.from_numpy(y.astype(np.int64))
 
 # %% ../nbs/12_cli.ipynb #2cfcc008
@@ -161,7 +163,8 @@ def folder_data(
     classes = sorted((d.name for d in dirs[0].iterdir() if d.is_dir()), key=lambda n: (len(n), n))
     arrays = []
     for d in dirs:
-        files = sorted(f for f in d.glob('*/*') if f.suffix.lower() in ('.png','.jpg','.jpeg','.bmp','.webp'))
+        files = [f for f in d.glob('*/*') if f.suffix.lower() in ('.png','.jpg','.jpeg','.bmp','.webp')]
+        files = [f for _,f in sorted((i,f) for _,fs in groupby(sorted(files), lambda f: f.parent) for i,f in enumerate(fs))]      # class by turns, so that the first few have all
         unknown = sorted({f.parent.name for f in files} - set(classes))
         if not files or unknown: raise InputError(f"{d}: " + (f"no training images for {', '.join(unknown)}." if unknown else "no images in class folders."))
         arrays += [_read_images(files), np.array([classes.index(f.parent.name) for f in files])]
@@ -335,10 +338,11 @@ def validate(
     out = Path(out)
     try: report = json.loads((out/'report.json').read_text(encoding='utf-8'))
     except (OSError, ValueError) as e: raise InputError(f"{out} is not a folder that `fastsparse train` wrote: {e}") from None
-    settings = report['settings']
-    torch.set_num_threads(report['machine']['threads'])
+    try: settings,threads,file = report['settings'],report['machine']['threads'],out/report['model_file']
+    except (KeyError, TypeError) as e: raise InputError(f"{out}/report.json is not what `fastsparse train` writes: it has no {e}") from None
+    torch.set_num_threads(threads)
     learn = make_learner(data_sets[settings['data']](settings['path']), settings)
-    try: load_sparse_model(out/report['model_file'], learn.model)
+    try: load_sparse_model(file, learn.model)
     except (OSError, ValueError) as e: raise InputError(str(e)) from None
     return _measure(learn)
 

@@ -96,7 +96,7 @@ def _backward_by_rows(plan, link, x, dy, values, dx, dv, db, out):
     if dx is not None: _put(plan, link, gx.masked_fill(x <= 0, 0) if link.gated else gx, link.x_packed, dx)
 
 # %% ../nbs/05a_links.ipynb #05a00035
-_few,_much = 64,2**21      # One weight in so many is few (as for the kernels' tiles); so many hidden values are much: 8 MB
+_few,_much = 64,2**21      # One weight in so many is few; so many hidden values are much: 8 MB
 
 class Row(NamedTuple):
     "Layers that are computed tile by tile."

@@ -5,7 +5,6 @@ NATIVE_DEPS = $(NATIVE_SRC) $(wildcard kernels/*.h) kernels/kernels.inc
 NATIVE_FLAGS = -std=c++17 -O1 -g -ffp-contract=off -Wall -Wextra -Wno-missing-field-initializers
 AARCH64_CXX ?= aarch64-linux-gnu-g++
 QEMU_AARCH64 ?= qemu-aarch64 -L /usr/aarch64-linux-gnu
-PYTHON ?= python
 
 .PHONY: test-native test-neon sanitize bench-kernels
 
@@ -22,8 +21,8 @@ sanitize: $(NATIVE_BUILD)/asan $(NATIVE_BUILD)/tsan
 	$(NATIVE_BUILD)/asan 60 1
 	$(NATIVE_BUILD)/tsan 25 2
 
-bench-kernels:
-	$(PYTHON) bench/bench_kernels.py $(if $(PEERS),--peers $(PEERS)) --out bench/results/kernels
+bench-kernels: .venv/.installed
+	$(BIN)/python bench/bench_kernels.py $(if $(PEERS),--peers $(PEERS)) --out bench/results/kernels
 
 $(NATIVE_BUILD)/native: $(NATIVE_DEPS)
 	@mkdir -p $(@D)

@@ -261,7 +261,7 @@ def test_full_and_empty_layers(sparsity, grow):
 def test_redistribution_moves_connections_between_layers(grow):
     model = net()
     opt = torch.optim.SGD(model.parameters(), lr=.1, momentum=.9)
-    n = total = None
+    n = None
     for i in range(8):
         s = backward(model, *batch(seed=i), candidates=2)
         opt.step()
