@@ -45,7 +45,7 @@ def _model_of(o):
 # %% ../nbs/11_interpret.ipynb #8b049c59
 def _stored_sparse(model):
     "Weights of `SparseLinear` and `SparseConv2d`: no mask, which might not fit into memory, but the structure."
-    return [LayerWeight(f'{n}.weight' if n else 'weight', m, 'weight', tuple(m.weight_shape), None, m.sparsity)
+    return [LayerWeight(f'{n}.weight' if n else 'weight', m, 'weight', tuple(m.weight_shape), None, float(getattr(m, 'weight_sparsity', m.sparsity)))
             for n,m in model.named_modules() if isinstance(m, SparseModule)]
 
 # %% ../nbs/11_interpret.ipynb #a07a4dc1

@@ -341,17 +341,20 @@ def run_backward(
 def differentiable_once(
     backward, # Of a `Function`
 ):
-    """Decorator: whoever differentiates the gradients again gets an error, as with torch's `once_differentiable`. That one takes as long as a small layer, so this asks first
-    whether there is a graph of the gradients; and it has them depend on saved tensors too, or a graph that ends there would miss the error and give zeros."""
+    """Decorator: `backward(ctx, saved_tensors, *grads)`; whoever differentiates its gradients again gets an error, as with torch's `once_differentiable`. That one takes as long as
+    a small layer, so this asks first whether there is a graph of the gradients. And it has them depend on the inputs that were saved, and on `ctx.params`, or a graph that ends
+    there would miss the error and give zeros."""
     @wraps(backward)
     def _f(ctx, *grads):
-        if not torch.is_grad_enabled(): return backward(ctx, *grads)
-        with torch.no_grad(): outs = backward(ctx, *grads)
-        found = [o.detach().requires_grad_() for o in outs if o is not None] if isinstance(outs, tuple) else [outs.detach().requires_grad_()]
-        on = [t for t in (*grads, *ctx.saved_tensors) if t is not None and t.requires_grad]
+        saved = ctx.saved_tensors
+        if not torch.is_grad_enabled(): return backward(ctx, saved, *grads)
+        with torch.no_grad(): outs = backward(ctx, saved, *grads)
+        outs = outs if isinstance(outs, tuple) else (outs,)
+        found = [o.detach().requires_grad_() for o in outs if o is not None]
+        on = [t for t in (*grads, *saved, *getattr(ctx, 'params', ())) if t is not None and t.requires_grad]
         told = _Told('trying to differentiate twice a sparse layer or a layer beside one, which can be differentiated once only (once_differentiable)', len(found)+len(on))(*found, *on)
         told = iter(told if isinstance(told, tuple) else (told,))
-        return tuple(None if o is None else next(told) for o in outs) if isinstance(outs, tuple) else next(told)
+        return tuple(None if o is None else next(told) for o in outs)
     return _f
 
 _Told = torch._C._functions.DelayedError
@@ -360,7 +363,6 @@ class SparseFunction(Function):
     "A sparse layer as one node of the autograd graph."
     @staticmethod
     def forward(ctx, x, values, bias, geom, plan):
-        x = x.contiguous()
         need_x,need_v = ctx.needs_input_grad[:2]
         ctx.save_for_backward(x if need_v else None, values if need_x else None)
         ctx.known = geom,plan,x.shape,values.dtype,None if bias is None else bias.dtype
@@ -368,8 +370,8 @@ class SparseFunction(Function):
 
     @staticmethod
     @differentiable_once
-    def backward(ctx, dy):
-        (x,values),(need_x,need_v,need_b) = ctx.saved_tensors,ctx.needs_input_grad[:3]
+    def backward(ctx, saved, dy):
+        (x,values),(need_x,need_v,need_b) = saved,ctx.needs_input_grad[:3]
         geom,plan,x_shape,v_dtype,b_dtype = ctx.known
         if not (need_x or need_v): return None, None, geom.bias_grad(dy, b_dtype) if need_b else None, None, None
         return *run_backward(geom, plan, x, dy.contiguous(), values, x_shape, need_x, need_v, v_dtype, need_b, b_dtype), None, None
@@ -634,7 +636,7 @@ def sparse_apply(
 def _eager(geom, x, values, indptr, indices, bias):
     plan = plan_for(geom, indptr, indices)
     if torch.is_grad_enabled() and (x.requires_grad or values.requires_grad or (bias is not None and bias.requires_grad)):
-        return SparseFunction.apply(x, values, bias, geom, plan)
+        return SparseFunction.apply(x.contiguous(), values, bias, geom, plan)
     return run_forward(geom, plan, x, values, bias)
 
 # %% ../nbs/05_layers.ipynb #416a79e4

@@ -43,10 +43,10 @@ class LinkedFunction(Function):
     @staticmethod
     def forward(ctx, x, values, bias, plan, link):
         ctx.plan,ctx.link = plan,link
-        x,out = link.rows(x),link.empty(x, plan, link.y_packed, plan.n_rows)
-        v,b = _values(plan, values),None if bias is None else bias.detach()
-        if not _survives(plan, plan.forward_linked, x, v, b, link.rows(out), link.batch, link.x_packed, link.y_packed, link.relu, link.threads):
-            _forward_by_rows(plan, link, x, v, b, link.rows(out))
+        rows,out = link.rows(x),link.empty(x, plan, link.y_packed, plan.n_rows)
+        v,b = _values(plan, values),None if bias is None else bias.detach().contiguous()
+        if not _survives(plan, plan.forward_linked, rows, v, b, link.rows(out), link.batch, link.x_packed, link.y_packed, link.relu, link.threads):
+            _forward_by_rows(plan, link, rows, v, b, link.rows(out))
         need_x,need_v = ctx.needs_input_grad[:2]
         ctx.save_for_backward(x if need_v or (need_x and link.gated) else None, values if need_x else None,
                               out if link.relu and not link.y_packed else None)
@@ -54,12 +54,12 @@ class LinkedFunction(Function):
 
     @staticmethod
     @differentiable_once
-    def backward(ctx, dy):
-        (x,values,out),(need_x,need_v,need_b),plan,link = ctx.saved_tensors,ctx.needs_input_grad[:3],ctx.plan,ctx.link
+    def backward(ctx, saved, dy):
+        (x,values,out),(need_x,need_v,need_b),plan,link = saved,ctx.needs_input_grad[:3],ctx.plan,ctx.link
         if link.x_packed or link.y_packed: _same_isa(link.isa)
         dx = link.empty(dy, plan, link.x_packed, plan.n_cols) if need_x else None
         dv,db = dy.new_empty(plan.nnz) if need_v else None,dy.new_empty(plan.n_rows) if need_b else None
-        args = x,link.rows(dy),_values(plan, values) if need_x else None,link.rows(dx),dv,db,link.rows(out)
+        args = link.rows(x),link.rows(dy),_values(plan, values) if need_x else None,link.rows(dx),dv,db,link.rows(out)
         if not _survives(plan, plan.backward_linked, *args, link.batch, link.x_packed, link.y_packed, link.relu, link.gated, link.threads):
             _backward_by_rows(plan, link, *args)
         return dx, dv, db, None, None
@@ -109,6 +109,7 @@ class Row(NamedTuple):
 
     @property
     def batch(self): return prod(self.lead)
+    def rows(self, t): return t.reshape(self.batch, -1).contiguous()
     @property
     def keeps(self):
         "Is what is between layers kept for backward, rather than computed again, with the weights of then?"
@@ -120,10 +121,10 @@ class RowFunction(Function):
     "Sparse Linear layers in a row, and their ReLUs: float32 on the CPU."
     @staticmethod
     def forward(ctx, x, row, *params):
-        x,out = x.reshape(row.batch, -1).contiguous(),x.new_empty(*row.lead, row.plans[-1].n_rows)
+        rows,out = row.rows(x),x.new_empty(*row.lead, row.plans[-1].n_rows)
         kept = [x.new_empty(p.packed_size(row.batch, p.n_rows)) for p in row.plans[:-1]] if row.keeps else []
-        if not _row_survives(row, kernels.row_forward, row.plans, x, *_of_row(row, params), row.relus, kept, out.view(row.batch, -1), row.threads):
-            out.copy_(_dense_row(row, x, params).view(out.shape))
+        if not _row_survives(row, kernels.row_forward, row.plans, rows, *_of_row(row, params), row.relus, kept, out.view(row.batch, -1), row.threads):
+            out.copy_(_dense_row(row, rows, params).view(out.shape))
         ctx.row,ctx.n_kept,ctx.params = row,len(kept),params
         read = [p if not kept or (i%2 == 0 and (i or ctx.needs_input_grad[0])) else None for i,p in enumerate(params)]
         ctx.save_for_backward(x, out if row.relus[-1] else None, *kept, *read)
@@ -131,11 +132,11 @@ class RowFunction(Function):
 
     @staticmethod
     @differentiable_once
-    def backward(ctx, dy):
-        row,(x,out,*rest),(need_x,_,*needs) = ctx.row,ctx.saved_tensors,ctx.needs_input_grad
+    def backward(ctx, saved, dy):
+        row,(x,out,*rest),(need_x,_,*needs) = ctx.row,saved,ctx.needs_input_grad
         kept,read,params = rest[:ctx.n_kept],rest[ctx.n_kept:],ctx.params
         _same_isa(row.isa)
-        dy,out = dy.reshape(row.batch, -1).contiguous(),None if out is None else out.view(row.batch, -1)
+        x,dy,out = row.rows(x),row.rows(dy),None if out is None else out.view(row.batch, -1)
         dx,grads = torch.empty_like(x) if need_x else None,[torch.empty_like(t) if need else None for t,need in zip(params, needs)]
         if not _row_survives(row, kernels.row_backward, row.plans, x, dy, *_of_row(row, read), row.relus, kept, out, dx, grads[::2], grads[1::2], row.threads):
             dx,*grads = _dense_row_backward(row, x, dy, params, [need_x, *needs])
@@ -147,7 +148,7 @@ def _row_survives(row, kernel, *args):
 
 def _of_row(row, params):
     "Values and biases for the kernel."
-    return [None if v is None else _values(p, v) for p,v in zip(row.plans, params[::2])], [b if b is None else b.detach() for b in params[1::2]]
+    return [None if v is None else _values(p, v) for p,v in zip(row.plans, params[::2])], [b if b is None else b.detach().contiguous() for b in params[1::2]]
 
 def _dense_row(row, x, params):
     for p,relu,v,b in zip(row.plans, row.relus, params[::2], params[1::2]):

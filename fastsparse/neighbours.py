@@ -20,7 +20,7 @@ class NormFunction(Function):
     @staticmethod
     def forward(ctx, x, weight, bias, eps):
         out,(mean,var) = torch.empty_like(x),x.new_empty(2, x.shape[1])
-        kernels.batch_norm_forward(x, *(t if t is None else t.detach() for t in (weight, bias)), eps, mean, var, out)
+        kernels.batch_norm_forward(x, *(t if t is None else t.detach().contiguous() for t in (weight, bias)), eps, mean, var, out)
         ctx.save_for_backward(x, weight, mean, var)
         ctx.eps = eps
         ctx.mark_non_differentiable(mean, var)
@@ -28,10 +28,10 @@ class NormFunction(Function):
 
     @staticmethod
     @differentiable_once
-    def backward(ctx, dy, *_):
-        (x,weight,mean,var),(need_x,need_w,need_b,_) = ctx.saved_tensors,ctx.needs_input_grad
+    def backward(ctx, saved, dy, *_):
+        (x,weight,mean,var),(need_x,need_w,need_b,_) = saved,ctx.needs_input_grad
         dx,(dw,db) = torch.empty_like(x) if need_x else None,x.new_empty(2, x.shape[1])
-        kernels.batch_norm_backward(x, dy.contiguous(), mean, var, weight if weight is None else weight.detach(), ctx.eps, dx, dw, db)
+        kernels.batch_norm_backward(x, dy.contiguous(), mean, var, weight if weight is None else weight.detach().contiguous(), ctx.eps, dx, dw, db)
         return dx, dw if need_w else None, db if need_b else None, None
 
 # %% ../nbs/05b_neighbours.ipynb #a5b7c884
@@ -76,9 +76,9 @@ class PoolFunction(Function):
 
     @staticmethod
     @differentiable_once
-    def backward(ctx, dy):
+    def backward(ctx, saved, dy):
         dx = dy.new_empty(ctx.shape)
-        kernels.max_pool_backward(dy.contiguous(), ctx.saved_tensors[0], *ctx.window, dx)
+        kernels.max_pool_backward(dy.contiguous(), saved[0], *ctx.window, dx)
         return dx, None, None, None
 
 # %% ../nbs/05b_neighbours.ipynb #418f91d9

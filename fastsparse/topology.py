@@ -16,6 +16,7 @@ from math import sqrt
 import numpy as np, torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils.weight_norm import WeightNorm
 from .distribution import layer_sparsities, uniform_sparsity
 from .score import _call, call_score, opt_slots
 
@@ -180,10 +181,10 @@ def _owned(module):
             if p is not None and mask is not None: yield m, n, p, mask
 
 # %% ../nbs/04_topology.ipynb #548421a8
-_exporting = getattr(torch.compiler, 'is_exporting', lambda: False)
+def _exporting(): return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()      # by `torch.export`, with `strict=False`
 
 def _enforce(module):
-    if _exporting(): return      # weights are masked already
+    if _exporting(): return      # it can't see what is written to `.data`
     for m,n,p,mask in _owned(module):
         if mask.shape != p.shape: continue      # only nonzeros are stored
         zero_off_mask_(p, mask)
@@ -224,7 +225,8 @@ class SparseHooks:
 def add_mask_hooks(
     model:nn.Module, # A model with masks
 ) -> SparseHooks: # To remove the enforcement
-    "Keep every masked weight of `model` at 0 from now on. Modules that have their hooks already get no second ones."
+    """Keep every masked weight of `model` at 0 from now on. Modules that have their hooks already get no second ones. Call it after `deepcopy` or unpickling, which drop the hooks on
+    gradients, and before `torch.compile` or `torch.export`: an eager forward adds what is missing and masks what an optimizer has moved, compiled ones only mask weights, exported ones nothing."""
     for m in model.modules():
         if any(_owned(m)) and not _hooked(m):
             m.register_forward_pre_hook(MaskHook())
@@ -298,8 +300,13 @@ def attach_mask(
 
 # %% ../nbs/04_topology.ipynb #4105235d
 def _computed_weights(model):
-    "Names of layers that would be sparseable if their weight were a parameter."
-    return [n for n,m in model.named_modules() if is_sparseable_module(m) and 'weight' in getattr(m, 'parametrizations', {})]
+    "Weights that would be sparseable if they were parameters."
+    return [SparseParam(f'{n}.{k}' if n else k, m, k) for n,m in model.named_modules() if is_sparseable_module(m) for k in getattr(m, 'parametrizations', {}) if 'weight' in k]
+
+def _loses_a_norm(p, mask):
+    "Has a weight norm of old, which divides by the norm of each output's weights, an output without any?"
+    dim = next((h.dim for h in p.module._forward_pre_hooks.values() if isinstance(h, WeightNorm)), None)
+    return dim is not None and not mask.movedim(dim, 0).flatten(1).any(1).all()
 
 def sparsify_model(
     model_or_learner,           # `nn.Module`, or a `Learner` (its optimizer state is masked too)
@@ -319,15 +326,16 @@ def sparsify_model(
         raise ValueError(f"sparse_init_mode: None, 'fan_in', 'fan_out' or 'fan_in_out', not {sparse_init_mode!r}.")
     ps,computed = sparseable_params(model),_computed_weights(model)
     if not ps: raise ValueError(f"no sparseable layer found. Sparseable are {', '.join(t.__name__ for t in sparseable_types)}{', with weights of their own, not parametrizations' if computed else ''}.")
-    if computed: warnings.warn(f"these compute their weight from other parameters (parametrizations) and stay dense: {', '.join(computed)}")
-    ps = _without(ps, skip)
+    kept = _without(ps+computed, skip)
+    if computed := [p.name for p in computed if p in kept]: warnings.warn(f"computed from other parameters (parametrizations), these stay dense: {', '.join(computed)}")
+    ps = [p for p in ps if p in kept]
     if not ps: raise ValueError(f"skip={skip!r} leaves no layer to sparsify.")
     _check_params(ps)
     sparsities = layer_sparsities([p.name for p in ps], [p.param for p in ps], model_sparsity, sparse_f)
     todo = [(p, sparse_mask(p.param.shape, s, within=p.mask), s) for p,s in zip(ps, sparsities) if s > 0 or p.mask is not None]
     empty = [p.name for p,m,s in todo if not m.any()]
     if empty: warnings.warn(f"so sparse that no connection is left in: {', '.join(empty)}")
-    lost = [p.name for p,m,s in todo if p.pname.endswith('_v') and not m.flatten(1).any(1).all()]
+    lost = [p.name for p,m,s in todo if p.pname.endswith('_v') and _loses_a_norm(p, m)]
     if lost: warnings.warn(f"weight norm divides by the norm of each output's weights, and outputs without connection become NaN in: {', '.join(lost)}")
     for p,m,s in todo:
         attach_mask(p, m, s)

@@ -60,7 +60,8 @@ class CompressedAttention(nn.MultiheadAttention):
         return y
 
     def forward(self, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None, average_attn_weights=True, is_causal=False):
-        if is_causal and attn_mask is None: raise RuntimeError('Need attn_mask if specifying the is_causal hint.')      # torch's words
+        if is_causal and attn_mask is None and (self.training or torch.is_grad_enabled()):      # as in torch, where others take a fast path that doesn't ask
+            raise RuntimeError('Need attn_mask if specifying the is_causal hint.')
         batched = query.dim() == 3
         swap = (lambda t: t.transpose(0, 1)) if batched and not self.batch_first else (lambda t: t) if batched else (lambda t: t[None])
         same_k,same_v = key is query,value is key
@@ -77,7 +78,9 @@ class CompressedAttention(nn.MultiheadAttention):
     def _attend(self, q, k, v, mask, need_weights):
         "Features for each query, and if needed the weights that led to them."
         n,h,p = len(q),self.num_heads,self.dropout if self.training else 0.
-        if q is k is v and not (need_weights or p) and mask is None and self._suits(q): return AttentionFunction.apply(self._project_self(q), h), None
+        if q is k is v and not (need_weights or p) and mask is None and self._suits(q):
+            qkv = self._project_self(q).reshape(n, -1, 3, h, self.head_dim).permute(2, 0, 3, 1, 4).reshape(3, n*h, -1, self.head_dim)
+            return AttentionFunction.apply(qkv).view(n, h, -1, self.head_dim).transpose(1, 2).reshape(n, -1, self.embed_dim), None
         q,k,v = [t.reshape(n, -1, h, self.head_dim).transpose(1, 2) for t in self._project(q, k, v)]
         if need_weights:
             w = q @ k.transpose(-2, -1) / self.head_dim**0.5
@@ -102,28 +105,25 @@ class CompressedAttention(nn.MultiheadAttention):
 _shortest,_longest,_most_scores = 64,256,2**24      # Tokens, where PyTorch is slower; scores that may be kept for backward: 64 MB
 
 class AttentionFunction(Function):
-    "Self-attention without masks or dropout: queries, keys and values (batch, tokens, 3·features) side by side → (batch, tokens, features)."
+    "Self-attention without masks or dropout: queries, keys and values (3, batch·heads, tokens, features of a head) → (batch·heads, tokens, features of a head)."
     @staticmethod
-    def forward(ctx, qkv, heads):
-        (n,t,e),d = qkv.shape,qkv.shape[2]//3//heads
-        q,k,v = qkv.reshape(n, t, 3, heads, d).permute(2, 0, 3, 1, 4).reshape(3, n*heads, t, d)
-        w = torch.baddbmm(qkv.new_empty(()), q, k.transpose(1, 2), beta=0, alpha=d**-.5)
+    def forward(ctx, qkv):
+        q,k,v = qkv
+        w = torch.baddbmm(qkv.new_empty(()), q, k.transpose(1, 2), beta=0, alpha=q.shape[-1]**-.5)
         torch.softmax(w, -1, out=w)
-        ctx.save_for_backward(q, k, v, w)
-        ctx.heads = heads
-        return (w @ v).view(n, heads, t, d).transpose(1, 2).reshape(n, t, e//3)
+        ctx.save_for_backward(qkv, w)
+        return w @ v
 
     @staticmethod
     @differentiable_once
-    def backward(ctx, dy):
-        (q,k,v,w),n,h = ctx.saved_tensors,len(dy),ctx.heads
-        b,t,d = q.shape
-        dy,g = dy.reshape(n, t, h, d).transpose(1, 2).reshape(b, t, d),q.new_empty(3, b, t, d)
+    def backward(ctx, saved, dy):
+        ((q,k,v),w),dy,g = saved,dy.contiguous(),torch.empty_like(saved[0])
+        scale = q.shape[-1]**-.5
         ds = torch.ops.aten._softmax_backward_data(dy @ v.transpose(1, 2), w, -1, w.dtype)
-        torch.baddbmm(g[0], ds, k, beta=0, alpha=d**-.5, out=g[0])
-        torch.baddbmm(g[1], ds.transpose(1, 2), q, beta=0, alpha=d**-.5, out=g[1])
+        torch.baddbmm(g[0], ds, k, beta=0, alpha=scale, out=g[0])
+        torch.baddbmm(g[1], ds.transpose(1, 2), q, beta=0, alpha=scale, out=g[1])
         torch.bmm(w.transpose(1, 2), dy, out=g[2])
-        return g.view(3, n, h, t, d).permute(1, 3, 0, 2, 4).reshape(n, t, 3*h*d), None
+        return g
 
 # %% ../nbs/06a_training.ipynb #0c22a6b0
 def _rows(ptr, idx, first, last):
@@ -168,15 +168,15 @@ class DenseGradFunction(Function):
     "Forward and input gradient from the nonzeros of `weight`, its own gradient in full."
     @staticmethod
     def forward(ctx, x, weight, bias, geom, plan, index):
-        x,values = x.contiguous(),weight.detach().reshape(-1)[index]
+        values = weight.detach().reshape(-1)[index]
         ctx.save_for_backward(x, values)
-        ctx.geom,ctx.plan = geom,plan
+        ctx.geom,ctx.plan,ctx.params = geom,plan,(weight,)
         return run_forward(geom, plan, x, values, bias)
 
     @staticmethod
     @differentiable_once
-    def backward(ctx, dy):
-        (x,values),(need_x,need_w,need_b),dy = ctx.saved_tensors,ctx.needs_input_grad[:3],dy.contiguous()
+    def backward(ctx, saved, dy):
+        (x,values),(need_x,need_w,need_b),dy = saved,ctx.needs_input_grad[:3],dy.contiguous()
         dx = run_backward(ctx.geom, ctx.plan, None, dy, values, x.shape, True, False)[0] if need_x else None
         return dx, _weight_grad(ctx.geom, x, dy) if need_w else None, ctx.geom.bias_grad(dy) if need_b else None, None, None, None
 
@@ -203,7 +203,7 @@ class DenseGrad:
     def _apply_sparse(self, geom, x):
         ptr,idx,index = self._structure()
         if why_dense(geom, x, self.weight) or x.dtype is not torch.float32 or torch.is_autocast_enabled('cpu'): return None
-        return DenseGradFunction.apply(x, self.weight, self.bias, geom, plan_for(geom, ptr, idx), index)
+        return DenseGradFunction.apply(x.contiguous(), self.weight, self.bias, geom, plan_for(geom, ptr, idx), index)
 
 class DenseGradLinear(DenseGrad, nn.Linear):
     "A Linear with a dense weight and gradient; `SparseCompute` makes it so in place."
@@ -268,8 +268,12 @@ def compress_param(
             _pack_attention(p.module)
             p.module.__class__ = CompressedAttention
         else:
-            if isinstance(p.module, _projection): p.module.__class__ = nn.Linear
-            compress(p.module)      # raises where that can't be, before anything has changed
+            cls = type(p.module)
+            if cls is _projection: p.module.__class__ = nn.Linear
+            try: compress(p.module)
+            except TypeError:
+                p.module.__class__ = cls
+                raise
         _move_slots(slots, lambda t: t.reshape(-1).index_select(0, index))
 
 # %% ../nbs/06a_training.ipynb #8287e164
@@ -726,17 +730,15 @@ class TimingCache:
         "The best timing of `key`; `measure()` makes one if this run has to."
         old = self.times.setdefault(_machine(), {}).get(key, {})
         if key not in self.seen and old.get('runs', 0) < self.runs:
-            new = measure()
-            old.update({k: min(v, old.get(k, v)) for k,v in new.items()}, runs=old.get('runs', 0)+1)
-            self.times[_machine()][key] = old
-            self._save(key, old)
+            new,times = measure(),self._read()      # again: other processes write to the file, too
+            old = times.setdefault(_machine(), {}).get(key, old)
+            old = {k: min(v, old.get(k, v)) for k,v in new.items()} | dict(runs=old.get('runs', 0)+1)
+            times[_machine()][key] = self.times[_machine()][key] = old
+            self._save(times)
         self.seen.add(key)
         return old
 
-    def _save(self, key, timing):
-        "Add a timing to what the file holds by now: other processes write to it, too."
-        times = self._read()
-        times.setdefault(_machine(), {})[key] = timing
+    def _save(self, times):
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             part = self.path.with_name(f'{self.path.name}.{os.getpid()}')

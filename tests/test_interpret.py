@@ -100,7 +100,7 @@ def test_layers_that_store_nonzeros_only():
     before = sparsity_report(m),count_flops(m, x)
     fast,_ = swap_modules_with_sparse(m, threshold=0, only_if_faster=False)
     after = sparsity_report(fast)
-    cols = ['shape', 'weights', 'nonzeros', 'sparsity']
+    cols = ['shape', 'weights', 'nonzeros', 'sparsity', 'target']
     assert after[cols].equals(before[0][cols]) and count_flops(fast, x).equals(before[1])
     plt.close(plot_sparsity(fast).figure)
     huge = SparseLinear(10**6, 10**6, sparsity=1-1e-9)      # a mask of it would take 10^12 bytes

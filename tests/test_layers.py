@@ -222,6 +222,19 @@ class TestAutograd:
         want = torch.autograd.grad(sparse(x).pow(2).sum(), [x, *sparse.parameters()])
         for a,b in zip(torch.autograd.grad(sparse(x).pow(2).sum(), [x, *sparse.parameters()], create_graph=True), want): assert a.requires_grad and torch.equal(a, b)
 
+    @needs_kernels
+    def test_create_graph_inside_a_checkpoint(self):
+        "Which lets nobody read saved tensors twice."
+        pre,sparse,out = nn.Linear(7, 7),SparseLinear(7, 5, sparsity=.6),nn.Linear(5, 2)
+        x = torch.randn(3, 7)
+        def loss(): return out(torch.utils.checkpoint.checkpoint(lambda x: sparse(pre(x)), x, use_reentrant=False)).pow(2).sum()
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            loss().backward(create_graph=True)
+        got = sparse.weight.grad
+        want, = torch.autograd.grad(loss(), sparse.weight)
+        torch.testing.assert_close(got, want)
+
     @pytest.mark.parametrize('n_in,n_out,shape', [(0,5,(2,3,0)), (0,5,(0,)), (5,0,(2,3,5)), (5,0,(5,))])
     def test_no_features(self, n_in, n_out, shape):
         sparse,x = SparseLinear(n_in, n_out, sparsity=.5),torch.zeros(shape, requires_grad=True)

@@ -224,8 +224,11 @@ def test_a_computed_weight_is_left_alone(wrap):
     "Its parameter isn't the layer's own; the others are masked"
     torch.manual_seed(0)
     m = nn.Sequential(nn.Flatten(), wrap(nn.Linear(32, 8)), nn.Tanh(), nn.Linear(8, 3))
-    with pytest.warns(UserWarning, match='stay dense: 1$'): learn = toy_learner(.6, model=m, dls=toy_dls(items=items()))
+    with pytest.warns(UserWarning, match='stay dense: 1.weight$'): learn = toy_learner(.6, model=m, dls=toy_dls(items=items()))
     assert set(counts(m)) == {'3.weight'}
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        sparsify_model(nn.Sequential(wrap(nn.Linear(8, 8)), nn.Linear(8, 3)), .5, skip='0')
     with pytest.raises(ValueError, match='not parametrizations'): sparsify_model(wrap(nn.Linear(8, 8)), .5)
     fit(learn, 1, cbs=[dst('RigL', 2), *watches(learn)])
 

@@ -15,7 +15,7 @@ from fastai.losses import CrossEntropyLossFlat, FocalLossFlat
 from torch.optim.swa_utils import AveragedModel
 from fastsparse import (DynamicSparseTrainingCallback, RigL_presets, SET_presets, SNFS_presets, CheckpointCallback, ResumeCallback, SparseKernelsCallback,
                         dense_parameters, load_sparse_model, sparse_kernels_report, sparse_params, sparsify_model)
-from fastsparse import kernels, layers, topology, training
+from fastsparse import kernels, layers, links, topology, training
 from fastsparse.training import TimingCache, expand_model, param_compressed
 from conftest import quiet, toy_items, Items
 
@@ -240,6 +240,8 @@ def test_timings_of_two_runs_at_once_are_both_kept(tmp_path):
     a,b = (TimingCache(tmp_path/'t.json') for _ in range(2))
     for c,n in ((a, 'x'), (b, 'y'), (a, 'z')): c(n, lambda: dict(dense=1., sparse=2.))
     assert TimingCache(tmp_path/'t.json').times[training._machine()].keys() == {'x', 'y', 'z'}
+    a,b = (TimingCache(tmp_path/'t.json') for _ in range(2))
+    for c,ms in ((a, 1.), (b, 9.)): assert c('same', lambda: dict(dense=ms, sparse=ms+1)) == dict(dense=1., sparse=2., runs=1 if c is a else 2)
 
 def test_a_layer_that_cannot_be_compressed_keeps_its_optimizer_slots():
     lin = nn.Linear(8, 8)
@@ -257,6 +259,7 @@ def test_attention_asks_for_the_mask_that_torch_asks_for():
     training.compress_params(m, sparse_params(m))
     x = torch.randn(3, 2, 8)
     with pytest.raises(RuntimeError, match='Need attn_mask'): m(x, x, x, is_causal=True, need_weights=False)
+    with torch.no_grad(): m.eval()(x, x, x, is_causal=True, need_weights=False)      # goes as in torch's fast path
 
 def test_an_interrupted_run_leaves_memory_to_the_next_to_give_back(monkeypatch):
     asked = []
@@ -767,6 +770,37 @@ def test_short_self_attention_is_pytorchs(tokens, batch_first, batched, monkeypa
     assert len(calls) == 2
     y = m(t := x.clone().requires_grad_(), t, t, need_weights=False)[0]
     with pytest.raises(RuntimeError, match='once_differentiable'): torch.autograd.grad(y.sum(), t, create_graph=True)[0].sum().backward()
+
+def twice(f, *inputs):
+    "Every gradient of `f`'s sum, differentiated again by every input, is an error rather than zeros."
+    for a in inputs:
+        for b in inputs:
+            g, = torch.autograd.grad(f().sum(), a, create_graph=True)
+            with pytest.raises(RuntimeError, match='twice'): torch.autograd.grad(g.sum(), b, allow_unused=True)
+
+def test_no_node_gives_zeros_for_second_derivatives():
+    torch.manual_seed(0)
+    leaf = lambda *shape: torch.randn(*shape, requires_grad=True)
+    sparse,x = layers.SparseLinear(7, 5, sparsity=.6),leaf(7, 3)
+    twice(lambda: sparse(x.t()), x, sparse.weight)
+    conv,x2 = layers.SparseConv2d(2, 3, 3, sparsity=.5),leaf(2, 5, 5, 2)
+    twice(lambda: conv(x2.permute(0, 3, 1, 2)), x2, conv.weight)
+    dense,x = nn.Linear(7, 5),leaf(3, 7)
+    sparsify_model(dense, .6).remove()
+    training.set_dense_grad(dense, True)
+    twice(lambda: dense(x), x, dense.weight)
+    for batch,f in ((2, 5), (3, 300)):      # layer by layer or tile by tile, what is between kept or not
+        row = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 10))
+        sparsify_model(row, .8).remove()
+        for l in row[::2]: layers.compress(l)
+        row.__class__,x = links.KernelSequential,leaf(batch, f, 20)
+        twice(lambda: row(x), x, row[0].weight, row[2].weight)
+        x = leaf(20, batch*f)
+        twice(lambda: row(x.t()), x, row[0].weight, row[2].weight)
+    m,x = nn.MultiheadAttention(24, 3, batch_first=True),leaf(2, 80, 24)
+    sparsify_model(m, .6)
+    training.compress_params(m, sparse_params(m))
+    twice(lambda: m(x, x, x, need_weights=False)[0], x, m.in_proj_weight)
 
 def test_other_attention_is_left_to_pytorch(monkeypatch):
     monkeypatch.setattr(training.AttentionFunction, 'apply', lambda *a: 1/0)
