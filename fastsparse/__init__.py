@@ -5,7 +5,7 @@ from importlib import import_module
 
 _public = dict(
     distribution='uniform_sparsity first_layer_dense_uniform erdos_renyi_sparsity',
-    score='weight_magnitude gradient_magnitude gradient_momentum random_score momentum_redistribution dense_grad',
+    score='weight_magnitude gradient_magnitude gradient_momentum random_score momentum_redistribution dense_grad opt_state opt_slots',
     topology='sparsify_model sparse_params sparseable_params add_mask_hooks apply_masks SparseHooks',
     layers='SparseLinear SparseConv2d sparsify_conv2d_auto swap_modules_with_sparse',
     training='expand_model',

@@ -10,6 +10,7 @@ __all__ = ['SET_presets', 'SNFS_presets', 'RigL_presets', 'dl_batch_sizes', 'bor
 # %% ../nbs/07_callback.ipynb #ab246743
 import warnings, weakref
 from contextlib import contextmanager
+from numbers import Integral
 import numpy as np, pandas as pd, torch
 from torch.utils.data import BatchSampler
 from fastcore.basics import patch
@@ -274,7 +275,7 @@ class DynamicSparseTrainingCallback(_QuickCallback):
     ):
         check_sparsity(initial_drop_grow_pct, 'initial_drop_grow_pct')
         if not 0 < stop_pct <= 1: raise ValueError(f"stop_pct is the share of training with updates, in (0,1], not {stop_pct!r}.")
-        if batches_per_update is not None and (not isinstance(batches_per_update, int) or batches_per_update < 1):
+        if batches_per_update is not None and (not isinstance(batches_per_update, Integral) or batches_per_update < 1):
             raise ValueError(f"batches_per_update is a whole number of optimizer steps, 1 or more, or None, not {batches_per_update!r}.")
         for f in (keep_score_f, grow_score_f, drop_grow_sched, *([] if redistribute_f is None else [redistribute_f])):
             if not callable(f): raise ValueError(f"a score or schedule is a function, not {f!r}.")
@@ -407,7 +408,7 @@ class DynamicSparseTrainingCallback(_QuickCallback):
         self.i_step += 1
         if not due and not self._every_grad: return
         ps = [p for p in self._params() if p.param.requires_grad and p.param.grad is not None and (p.name not in self.plans or self.plans[p.name].ready)]
-        large = [p for p in self._large() if p.param.requires_grad and p.param.grad is not None]
+        large = [p for p in self._large() if p.param.requires_grad and p.param.grad is not None and (self.sampler is None or self.sampler.reached(p))]
         if due: self.pending = not ((self.sampler is None or self.sampler.finite) and all(_finite(p.param.grad) for p in ps+large) and all(self.plans[p.name].is_finite() for p in ps if p.name in self.plans))
         try: self._step(ps, large, fraction if not self.pending else None, replaced=due and self.update_replaces_step)
         finally:
@@ -415,6 +416,12 @@ class DynamicSparseTrainingCallback(_QuickCallback):
             self._forget_plans()
             self._sample(False)
         raise CancelStepException()
+
+    def after_cancel_step(self):
+        "Should another callback have skipped an update's step: what was seen of its batch is of no use to the next."
+        if self.idle: return
+        self._forget_plans()
+        self._sample(False)
 
     def _step(self, ps, large, fraction, replaced):
         "An optimizer step unless `replaced`, and the update that moves `fraction`, if there is one."

@@ -35,7 +35,9 @@ def _load_file(path, device):
     safe = [L, TensorBase, core.multiarray.scalar, np.dtype, *[getattr(np.dtypes, o) for o in np.dtypes.__all__]]
     try:
         with torch.serialization.safe_globals(safe): return torch.load(path, map_location=device, weights_only=True)
-    except (UnpicklingError, RuntimeError, EOFError) as e: raise ValueError(f"{path} can't be read: {e}") from e
+    except (UnpicklingError, RuntimeError, EOFError, OSError) as e:
+        if isinstance(e, OSError) and e.filename is not None: raise      # of the file itself, such as a missing one
+        raise ValueError(f"{path} can't be read: {str(e) or type(e).__name__}") from e
 
 # %% ../nbs/09_checkpoint.ipynb #2c7a07a2
 def _file_masks(state):
@@ -191,7 +193,7 @@ class ResumeCallback(Callback):
     ): self.path,self.state = path,None
 
     def before_fit(self):
-        "Read the file, and refuse one of another run."
+        "Read the file, and refuse one of another model, number of epochs or batches."
         if self.learn.lock.locked(): return      # `learn.validate()`
         self.state = _load_file(self.path, 'cpu') if Path(self.path).exists() else None
         if self.state is None: return
@@ -227,6 +229,10 @@ class ResumeCallback(Callback):
 
     def after_train(self):
         if self.state is None: self.learn.recorder.run = True
+
+    def after_fit(self):
+        "A run that had finished is restored as it ended."
+        if self.state is not None and self.state['epoch'] == self.learn.n_epoch: self._restore()
 
     def _restore(self):
         "Everything as it was; from here on this callback is idle."

@@ -341,6 +341,7 @@ def validate(
     try: settings,threads,file = report['settings'],report['machine']['threads'],out/report['model_file']
     except (KeyError, TypeError) as e: raise InputError(f"{out}/report.json is not what `fastsparse train` writes: it has no {e}") from None
     torch.set_num_threads(threads)
+    if settings['data'] not in data_sets: raise InputError(f"{out}/report.json: data is {settings['data']!r}, which is none of {', '.join(data_sets)}.")
     learn = make_learner(data_sets[settings['data']](settings['path']), settings)
     try: load_sparse_model(file, learn.model)
     except (OSError, ValueError) as e: raise InputError(str(e)) from None
@@ -462,7 +463,7 @@ def _check_out(out):
     if not first.is_dir() or not os.access(first, os.W_OK|os.X_OK): raise InputError(f"--out {out}: {first} is not a folder that can be written to.")
 
 def _check_device(name):
-    try: torch.zeros(1, device=name)
+    try: torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError) as e: raise InputError(f"--device {name}: {str(e).splitlines()[0]}") from None
 
 def train_settings(a):

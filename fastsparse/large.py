@@ -121,6 +121,11 @@ class GradientSampler:
         "Is every gradient that came in finite?"
         return all(g.isfinite().all() for c in self.draws.values() for g in (c.grad, c.active_grad) if g is not None)
 
+    def reached(self, p):
+        "Have gradients of `p` come in?"
+        c = self.draws.get(p.module)
+        return c is not None and c.grad is not None and c.active_grad is not None
+
     def remove(self):
         "Stop watching; what was collected stays."
         for h in self.handles: h.remove()

@@ -1275,6 +1275,7 @@ def swap_modules_with_sparse(
     "Replace the layers that run faster sparse. Raises `ValueError` without an input to measure on."
     if input_shape is None and example_inputs is None and only_if_faster:
         raise ValueError('give input_shape= or example_inputs= to measure on, or only_if_faster=False to swap without measuring')
+    if not isinstance(model, nn.Module): raise TypeError(f'swap_modules_with_sparse takes an nn.Module, such as `learn.model`, not {type(model).__name__}')
     skips = _skips(model, skip_modules)  # modules given by themselves are found before the copy
     if not inplace: model = _copy(model)
     layers,owners = _places(model)

@@ -57,8 +57,11 @@ class KernelBatchNorm2d(nn.BatchNorm2d):
 
     @torch.no_grad()
     def _track(self, mean, var, n):
-        self.num_batches_tracked.add_(1)
-        m = 1/float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        m = self.momentum or 0.
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if self.momentum is None: m = 1/float(self.num_batches_tracked)
+        if self.running_mean is None: return
         self.running_mean.mul_(1-m).add_(mean, alpha=m)
         self.running_var.mul_(1-m).add_(var, alpha=m*n/(n-1))
 
@@ -82,12 +85,14 @@ class PoolFunction(Function):
         return dx, None, None, None
 
 # %% ../nbs/05b_neighbours.ipynb #418f91d9
-def _pair(v): return tuple(v) if isinstance(v, (tuple,list)) else (v,v)
+def _pair(v):
+    v = tuple(v) if isinstance(v, (tuple,list)) else (v,)
+    return v*2 if len(v) == 1 else v
 
 class KernelMaxPool2d(nn.MaxPool2d):
     "An `nn.MaxPool2d` that runs on the kernel; `use_kernels` makes it so in place."
     @property
-    def _window(self): return _pair(self.kernel_size), _pair(self.stride), _pair(self.padding)
+    def _window(self): return _pair(self.kernel_size), _pair(self.stride) or _pair(self.kernel_size), _pair(self.padding)
 
     def _fits(self, x):
         k,_,p = self._window

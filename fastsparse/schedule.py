@@ -45,8 +45,10 @@ def drop_fraction(
     """Share of a layer's active connections to drop and grow at `pos` (RigL, 1911.11134, section 3(2): $f_{decay}$).
     Raises `ValueError` if `sched` returns something else."""
     f = sched(initial, 0., pos/stop) if pos < stop else 0.
-    if not 0 <= f <= 1: raise ValueError(f"the share of connections to move is {f}, not between 0 and 1: see the decay (`drop_grow_sched`). No mask was changed.")
-    return f
+    try: share = float(f)
+    except (TypeError, ValueError): share = math.nan
+    if not 0 <= share <= 1: raise ValueError(f"the share of connections to move is {f}, not between 0 and 1: see the decay (`drop_grow_sched`). No mask was changed.")
+    return share
 
 # %% ../nbs/01_schedule.ipynb #0fc81167
 def is_update_step(

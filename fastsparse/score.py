@@ -185,4 +185,4 @@ def call_score(
     "The score of `p`, checked. Raises `ValueError` that names function and layer."
     fname = getattr(getattr(f, 'func', f), '__name__', repr(f))
     try: return _checked(_call(f, p, opt, name=name, **kw), p)
-    except Exception as e: raise ValueError(f"score `{fname}` failed on layer {name!r}: {e} No mask was changed.") from e
+    except Exception as e: raise ValueError(f"score `{fname}` failed on layer {name!r}: {e if isinstance(e, ValueError) else f'{type(e).__name__}: {e}.'} No mask was changed.") from e

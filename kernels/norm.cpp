@@ -69,7 +69,8 @@ void batch_norm_forward(const Images& s, const float* x, const float* weight, co
         for (i64 c = g.c0; c < g.c0 + g.channels; ++c) {
             const double d = g.sum(s1, c) / count, k = shift[g.channels > 1 ? (c - g.c0) * g.pixels : 0];
             mean[c] = float(d - k);
-            var[c] = float(std::max(0., g.sum(s2, c) / count - d * d));
+            const double v = g.sum(s2, c) / count - d * d;
+            var[c] = float(v < 0 ? 0 : v);   // a NaN stays one
         }
         float *nmean = s1, *a = s2;
         g.spread(nmean, [&](i64 c) { return -mean[c]; });

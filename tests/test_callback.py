@@ -426,6 +426,11 @@ def test_interrupted_inside_a_score(method, role):
     assert same(before, masks(learn.model))
     assert_sparse(learn.model, learn.opt)
 
+def test_whole_numbers_of_numpy_are_whole_numbers():
+    cb = dst('SET', np.int64(3))
+    fit(toy_learner(), 1, cbs=cb)
+    assert cb.updates
+
 @each_method
 def test_a_compiled_model_moves_the_same_connections(method):
     torch._dynamo.reset()

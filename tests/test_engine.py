@@ -403,6 +403,16 @@ def test_dict_of_patterns():
 def test_no_distribution(f, msg):
     with pytest.raises(ValueError, match=msg): sparsify_model(conv_net(), .9, sparse_f=f)
 
+def test_what_went_wrong_in_a_score_is_named():
+    m,ps = masked_linear()
+    def fisher(p, opt): return opt_state(opt, p)['sqr_avg']
+    with pytest.raises(ValueError, match=r"`fisher` failed on layer 'weight': KeyError: 'sqr_avg'\. No mask was changed"):
+        drop_and_grow(ps, torch.optim.SGD(m.parameters(), lr=.1), .3, weight_magnitude, fisher)
+
+@pytest.mark.parametrize('bad', [None, 'x', 2., -.1, math.nan])
+def test_decays_that_are_no_share(bad):
+    with pytest.raises(ValueError, match='drop_grow_sched'): drop_fraction(.1, sched=lambda a,b,p: bad)
+
 def test_an_optimizer_that_has_stepped():
     m = nn.Linear(16, 16)
     opt = torch.optim.Adam(m.parameters())

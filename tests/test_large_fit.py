@@ -2,7 +2,7 @@
 from functools import partial
 import pytest, torch
 from torch import nn
-from fastai.basics import Adam, Callback, SGD, ranger
+from fastai.basics import Adam, Callback, CancelStepException, SGD, ranger
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastsparse.callback import DynamicSparseTrainingCallback, RigL_presets, SET_presets, SNFS_presets, Sparsity
 from fastsparse.checkpoint import CheckpointCallback, ResumeCallback
@@ -10,7 +10,7 @@ from fastsparse.large import large_layers
 from fastsparse.layers import SparseLinear
 from fastsparse.score import momentum_redistribution
 from fastsparse.topology import add_mask_hooks, sparse_params, sparsify_model
-from conftest import fit, toy_learner
+from conftest import fit, masks, same, toy_learner, toy_net
 from test_large import assert_sound, net, snapshot, twin
 
 
@@ -30,7 +30,13 @@ def test_a_fit_moves_connections(presets, opt_func):
     assert_sound(learn.model, learn.opt, sum(n))
     for p in large_layers(learn.model): assert not p.module._forward_hooks and not p.param._backward_hooks
 
-@pytest.mark.parametrize('cbs', [[], [lambda: GradientAccumulation(16)], [lambda: GradientClip(.1)]])
+class Skip(Callback):
+    "Skips the step of one batch, as a guard against NaN would."
+    order = 90
+    def before_step(self):
+        if self.learn.train_iter == 3: raise CancelStepException
+
+@pytest.mark.parametrize('cbs', [[], [lambda: GradientAccumulation(16)], [lambda: GradientClip(.1)], [Skip]])
 @pytest.mark.parametrize('opt_func', [partial(SGD, mom=.9), Adam])
 def test_a_fit_with_all_candidates_is_the_masked_fit(cbs, opt_func):
     a,b = learner(opt_func),learner(opt_func)
@@ -41,6 +47,35 @@ def test_a_fit_with_all_candidates_is_the_masked_fit(cbs, opt_func):
     for p,q in zip(large_layers(a.model), sparse_params(b.model)):
         assert p.module.mask.equal(q.mask)
         assert torch.allclose(p.module.dense_weight(), q.param, rtol=1e-3, atol=1e-5)
+
+def test_the_gradient_of_a_skipped_step_moves_nothing():
+    "On the kernels as without them, a late update goes by the batch that it sees."
+    def run(on):
+        learn = toy_learner(.9, model=toy_net(sizes=(6,64,64,3)))
+        cb = dst(sparse_kernels=on)
+        fit(learn, 2, cbs=[Skip(), cb])
+        return [u['step'] for u in cb.updates],masks(learn.model)
+    (a,want),(b,got) = run(False),run(True)
+    assert a == b and len(a) > 2 and same(want, got)
+
+class Sometimes(nn.Module):
+    "Every other batch skips a layer."
+    def __init__(self):
+        super().__init__()
+        self.a,self.b,self.c,self.i = SparseLinear(6, 20, sparsity=.7),SparseLinear(20, 20, sparsity=.7),nn.Linear(20, 3),0
+    def forward(self, x):
+        self.i += self.training
+        x = self.a(x).tanh()
+        return self.c(x + self.b(x) if self.i%2 else x)
+
+@pytest.mark.parametrize('presets', [RigL_presets, SET_presets])
+def test_a_layer_that_the_batch_of_an_update_does_not_reach(presets):
+    torch.manual_seed(0)
+    learn,cb = learner(Adam, model=Sometimes()),dst(presets, batches_per_update=3)
+    n = [p.n_active for p in large_layers(learn.model)]
+    fit(learn, 3, cbs=cb)
+    assert_sound(learn.model, learn.opt, sum(n))
+    assert {'a.weight'} < {name for u in cb.updates for name in u['names']}
 
 def test_a_fit_with_masked_layers_beside():
     torch.manual_seed(0)

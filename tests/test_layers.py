@@ -927,6 +927,7 @@ class TestSwap:
         model = nn.ModuleDict(dict(par=nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), mha=nn.MultiheadAttention(4, 2), comp=compress(masked(nn.Linear(4, 4), .2))))
         _,report = swap_modules_with_sparse(model, only_if_faster=False, threshold=0)
         assert {r['chosen'] for r in report} == {'dense'} and [r['why'][:9] for r in report] == ['it is a P', 'it is a N', 'it is com']
+        with pytest.raises(TypeError, match='learn.model'): swap_modules_with_sparse('a learner', (2,2))
         for bad in 512,():
             with pytest.raises(ValueError, match='shape of a batch'): swap_modules_with_sparse(nn.Sequential(nn.Linear(3, 3)), bad, threshold=0)
         with pytest.raises(ValueError, match='no shape yet'): swap_modules_with_sparse(nn.LazyLinear(3), (2,2))

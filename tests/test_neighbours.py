@@ -37,6 +37,28 @@ def test_on_the_kernels_during_fit_only():
     assert (type(learn.model.bn), type(learn.model.pool)) == (nn.BatchNorm2d, nn.MaxPool2d)
     assert set(fit(learner(on=False)).classes.seen) == {(nn.BatchNorm2d, nn.MaxPool2d)}
 
+@pytest.mark.parametrize('make', [lambda cls: cls((3,)), lambda cls: cls([2]), lambda cls: cls(2, (2,)), lambda cls: cls(2, stride=()), lambda cls: cls((2,3), (1,), (1,))])
+def test_windows_of_one_number(make):
+    x = torch.randn(2, 3, 9, 8)
+    assert torch.equal(make(KernelMaxPool2d)(x), make(nn.MaxPool2d)(x))
+
+@pytest.mark.parametrize('change', [dict(running_mean=None, running_var=None), dict(num_batches_tracked=None), dict(num_batches_tracked=None, momentum=None)])
+def test_statistics_that_are_not_kept(change):
+    a,b = nn.BatchNorm2d(3),KernelBatchNorm2d(3)
+    for bn in a,b:
+        for k,v in change.items(): setattr(bn, k, v)
+    for _ in range(2):
+        x = torch.randn(2, 3, 4, 4)
+        torch.testing.assert_close(b(x), a(x))
+    for k,v in a._buffers.items():
+        if v is not None: torch.testing.assert_close(b._buffers[k], v)
+
+def test_nan_reaches_the_running_statistics():
+    a,b,x = nn.BatchNorm2d(2),KernelBatchNorm2d(2),torch.randn(2, 2, 4, 4)
+    x[0, 0, 1, 1] = np.nan
+    a(x); b(x)
+    for k in 'running_mean','running_var': torch.testing.assert_close(b._buffers[k], a._buffers[k], equal_nan=True)
+
 def test_pooling_that_returns_positions_stays(tmp_path, monkeypatch):
     monkeypatch.setenv('FASTSPARSE_CACHE', str(tmp_path))
     class Pairs(Net):

@@ -324,6 +324,19 @@ def test_a_run_with_fastais_losses_resumes(loss_func, tmp_path):
     resumed = start(CheckpointCallback(tmp_path/'c', 3), ResumeCallback(tmp_path/'c'))
     assert close(through.model.state_dict(), resumed.model.state_dict(), 0, 0)
 
+def test_a_run_that_had_finished_resumes_as_it_ended(tmp_path):
+    def start(seed): return run(learner(seed=seed), 3, dst(), CheckpointCallback(tmp_path/'c'), ResumeCallback(tmp_path/'c'))
+    first,again = start(0),start(5)
+    assert close(first.model.state_dict(), again.model.state_dict(), 0, 0) and again.recorder.values == first.recorder.values
+    assert close(first.model.state_dict(), start(6).model.state_dict(), 0, 0)
+
+@pytest.mark.parametrize('size', [0, 1, 1000, 5000, -10])
+def test_a_file_cut_short_is_a_value_error_that_names_it(size, tmp_path):
+    learn = run(learner(), 1, CheckpointCallback(tmp_path/'c'))
+    raw = (tmp_path/'c').read_bytes()
+    (tmp_path/'c').write_bytes(raw[:size])
+    with pytest.raises(ValueError, match=r"/c can't be read: .+"): load_sparse_model(tmp_path/'c', learn.model)
+
 def test_a_depthwise_convolution_cannot_be_insisted_on():
     m = nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.Flatten(), nn.LazyLinear(3))
     m(torch.randn(2, 8, 6, 6))
