@@ -8,7 +8,6 @@ __all__ = ['load_sparse_state', 'load_sparse_model', 'save_checkpoint', 'Checkpo
 # %% ../nbs/09_checkpoint.ipynb #a177b70b
 import os, random
 from pathlib import Path
-from pickle import UnpicklingError
 import numpy as np
 import torch
 from torch import nn
@@ -35,7 +34,7 @@ def _load_file(path, device):
     safe = [L, TensorBase, core.multiarray.scalar, np.dtype, *[getattr(np.dtypes, o) for o in np.dtypes.__all__]]
     try:
         with torch.serialization.safe_globals(safe): return torch.load(path, map_location=device, weights_only=True)
-    except (UnpicklingError, RuntimeError, EOFError, OSError) as e:
+    except Exception as e:      # a damaged file may raise any
         if isinstance(e, OSError) and e.filename is not None: raise      # of the file itself, such as a missing one
         raise ValueError(f"{path} can't be read: {str(e) or type(e).__name__}") from e
 
@@ -231,7 +230,7 @@ class ResumeCallback(Callback):
         if self.state is None: self.learn.recorder.run = True
 
     def after_fit(self):
-        "A run that had finished is restored as it ended."
+        "A run that had finished: its model and optimizer."
         if self.state is not None and self.state['epoch'] == self.learn.n_epoch: self._restore()
 
     def _restore(self):

@@ -127,9 +127,7 @@ class RowFunction(Function):
             out.copy_(_dense_row(row, rows, params).view(out.shape))
         ctx.row,ctx.n_kept,ctx.params = row,len(kept),params
         read = [p if not kept or (i%2 == 0 and (i or ctx.needs_input_grad[0])) else None for i,p in enumerate(params)]
-        wanted = not kept or ctx.needs_input_grad[2]
-        ctx.spare = None if wanted else x.detach()      # should a kernel fail
-        ctx.save_for_backward(x if wanted else None, out if row.relus[-1] else None, *kept, *read)
+        ctx.save_for_backward(x, out if row.relus[-1] else None, *kept, *read)
         return out
 
     @staticmethod
@@ -138,7 +136,7 @@ class RowFunction(Function):
         row,(x,out,*rest),(need_x,_,*needs) = ctx.row,saved,ctx.needs_input_grad
         kept,read,params = rest[:ctx.n_kept],rest[ctx.n_kept:],ctx.params
         _same_isa(row.isa)
-        x,dy,out = row.rows(ctx.spare if x is None else x),row.rows(dy),None if out is None else out.view(row.batch, -1)
+        x,dy,out = row.rows(x),row.rows(dy),None if out is None else out.view(row.batch, -1)
         dx,grads = torch.empty_like(x) if need_x else None,[torch.empty_like(t) if need else None for t,need in zip(params, needs)]
         if not _row_survives(row, kernels.row_backward, row.plans, x, dy, *_of_row(row, read), row.relus, kept, out, dx, grads[::2], grads[1::2], row.threads):
             dx,*grads = _dense_row_backward(row, x, dy, params, [need_x, *needs])

@@ -306,7 +306,7 @@ def _computed_weights(model):
 def _loses_a_norm(p, mask):
     "Has a weight norm of old, which divides by the norm of each output's weights, an output without any?"
     dim = next((h.dim for h in p.module._forward_pre_hooks.values() if isinstance(h, WeightNorm)), None)
-    return dim is not None and not mask.movedim(dim, 0).flatten(1).any(1).all()
+    return dim not in (None, -1) and not mask.movedim(dim, 0).flatten(1).any(1).all()
 
 def sparsify_model(
     model_or_learner,           # `nn.Module`, or a `Learner` (its optimizer state is masked too)

@@ -60,8 +60,8 @@ class CompressedAttention(nn.MultiheadAttention):
         return y
 
     def forward(self, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None, average_attn_weights=True, is_causal=False):
-        if is_causal and attn_mask is None and (self.training or torch.is_grad_enabled()):      # as in torch, where others take a fast path that doesn't ask
-            raise RuntimeError('Need attn_mask if specifying the is_causal hint.')
+        fast = self.batch_first and query is key is value and not (self.training or torch.is_grad_enabled())      # torch's path that doesn't ask
+        if is_causal and attn_mask is None and not fast: raise RuntimeError('Need attn_mask if specifying the is_causal hint.')
         batched = query.dim() == 3
         swap = (lambda t: t.transpose(0, 1)) if batched and not self.batch_first else (lambda t: t) if batched else (lambda t: t[None])
         same_k,same_v = key is query,value is key
@@ -269,9 +269,9 @@ def compress_param(
             p.module.__class__ = CompressedAttention
         else:
             cls = type(p.module)
-            if cls is _projection: p.module.__class__ = nn.Linear
+            if isinstance(p.module, _projection): p.module.__class__ = nn.Linear
             try: compress(p.module)
-            except TypeError:
+            except Exception:
                 p.module.__class__ = cls
                 raise
         _move_slots(slots, lambda t: t.reshape(-1).index_select(0, index))

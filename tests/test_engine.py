@@ -435,7 +435,7 @@ def test_weight_norm_is_warned_of_outputs_without_connection():
         warnings.simplefilter('ignore', FutureWarning)
         m = torch.nn.utils.weight_norm(nn.Linear(8, 64), dim=None)      # one norm for all
         warnings.simplefilter('error')
-        sparsify_model(m, .95)
+        sparsify_model(m, .99)
 
 def test_masked_models_are_exported():
     m,x = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3)).eval(),torch.randn(2, 8)

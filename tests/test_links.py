@@ -218,23 +218,6 @@ def test_what_is_not_finite_goes_where_it_goes_in_dense(batch, bad):
     x,dy = torch.randn(batch, 20),torch.randn(batch, 10)
     for a,b in zip(results(m, x, dy), results(as_kernel(m), x, dy)): torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
-@pytest.mark.parametrize('threads', [1, 2])
-def test_a_frozen_row_does_not_hold_its_input(threads):
-    old = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        m = row((20, 30, 20), (.8, .8), (nn.ReLU(), nn.Identity())).requires_grad_(False)
-        x = torch.randn(64, 20)
-        res = []
-        for f in m,as_kernel(m):
-            t = x.clone().requires_grad_()
-            h = t.tanh().sin()
-            h += f(h)
-            h.sum().backward()
-            res.append(t.grad)
-        torch.testing.assert_close(*res, rtol=1e-4, atol=1e-5)
-    finally: torch.set_num_threads(old)
-
 def test_wrong_arguments_are_exceptions():
     p = kernels.LinearPlan.from_mask(np.ones((4, 6)))
     x,v,out,packed = np.ones((5, 6), np.float32),np.ones(24, np.float32),np.ones((5, 4), np.float32),np.ones(p.packed_size(5, 4), np.float32)

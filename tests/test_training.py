@@ -1,4 +1,5 @@
 "Layers on the compiled kernels while they train: the same training, the same checkpoints, and nothing that an interruption could break."
+from contextlib import nullcontext
 from functools import partial
 import numpy as np, pytest, torch, torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings, strategies as st
@@ -259,7 +260,10 @@ def test_attention_asks_for_the_mask_that_torch_asks_for():
     training.compress_params(m, sparse_params(m))
     x = torch.randn(3, 2, 8)
     with pytest.raises(RuntimeError, match='Need attn_mask'): m(x, x, x, is_causal=True, need_weights=False)
-    with torch.no_grad(): m.eval()(x, x, x, is_causal=True, need_weights=False)      # goes as in torch's fast path
+    m.eval()
+    for batch_first,key,raises in (False, x, True),(True, x, False),(True, x.clone(), True):      # torch's fast path doesn't ask
+        m.batch_first = batch_first
+        with torch.no_grad(), pytest.raises(RuntimeError, match='Need attn_mask') if raises else nullcontext(): m(x, key, x, is_causal=True, need_weights=False)
 
 def test_an_interrupted_run_leaves_memory_to_the_next_to_give_back(monkeypatch):
     asked = []
@@ -336,6 +340,9 @@ def test_a_file_cut_short_is_a_value_error_that_names_it(size, tmp_path):
     raw = (tmp_path/'c').read_bytes()
     (tmp_path/'c').write_bytes(raw[:size])
     with pytest.raises(ValueError, match=r"/c can't be read: .+"): load_sparse_model(tmp_path/'c', learn.model)
+    for text in 'hello','epoch,loss\n1,2\n':
+        (tmp_path/'c').write_text(text)
+        with pytest.raises(ValueError, match=r"/c can't be read: .+"): load_sparse_model(tmp_path/'c', learn.model)
 
 def test_a_depthwise_convolution_cannot_be_insisted_on():
     m = nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.Flatten(), nn.LazyLinear(3))
