@@ -28,7 +28,7 @@ from .topology import n_true, apply_masks, check_mask, drop_and_grow, grad_mask,
 from .layers import hold_interrupts
 from .links import linking_types, _Steps
 from .steps import fuse_steps, plain_steps, why_not_fused
-from .training import (CompressedUpdate, SparseCompute, compress_params, expand_model, expand_param, hide_compression, param_compressed,
+from .training import (CompressedUpdate, SparseCompute, compress_params, expand_model, expand_param, forget_updates, hide_compression, param_compressed,
                                  _settle_attention)
 
 # %% ../nbs/07_callback.ipynb #c98a0f5a
@@ -344,6 +344,7 @@ class DynamicSparseTrainingCallback(_QuickCallback):
         if self.idle: return
         self._reset()
         expand_model(self.learn.model, self.learn.opt)      # an interrupted run may have left layers compressed
+        forget_updates(self.learn.model)
         ps = self._params()
         self._check(ps + self._large())
         self.n_acc = max([1] + [cb.n_acc for cb in self.learn.cbs if isinstance(cb, GradientAccumulation)])
@@ -427,15 +428,18 @@ class DynamicSparseTrainingCallback(_QuickCallback):
         "An optimizer step unless `replaced`, and the update that moves `fraction`, if there is one."
         if self._every_grad:
             with borrowed_slots(ps, self.learn.opt, self.off_mask):
-                if not replaced: self.learn._step()
+                if not replaced: self._plain_step({p.name for p in ps})
                 if fraction is not None: self._update(ps, large, fraction)
             return
-        if not replaced:
-            dense = [(p, p.param.grad) for p in ps if not param_compressed(p)]
-            for p,g in dense: p.param.grad = g.masked_fill(~p.mask, 0)
-            self.learn._step()
-            for p,g in dense: p.param.grad = g
+        if not replaced: self._plain_step()
         if fraction is not None: self._update(ps, large, fraction)
+
+    def _plain_step(self, whole=()):
+        "An optimizer step that sees no gradient off the masks, whichever callback has asked for it, but for the names in `whole`."
+        dense = [(p, p.param.grad) for p in sparse_params(self.learn.model) if p.name not in whole and p.param.grad is not None and not param_compressed(p)]
+        for p,g in dense: p.param.grad = g.masked_fill(~p.mask, 0)
+        self.learn._step()
+        for p,g in dense: p.param.grad = g
 
     def _update(self, ps, large, fraction):
         "Move connections, and keep account."

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CompressedAttention', 'AttentionFunction', 'DenseGradFunction', 'DenseGrad', 'DenseGradLinear', 'DenseGradConv2d',
            'set_dense_grad', 'why_not_param', 'param_compressed', 'compress_param', 'expand_param', 'compress_params',
-           'expand_model', 'best_vacant', 'best_by_bf16', 'CompressedUpdate', 'hide_compression', 'show_compression',
-           'cache_path', 'TimingCache', 'layer_timing', 'SparseCompute']
+           'expand_model', 'best_vacant', 'best_by_bf16', 'CompressedUpdate', 'forget_updates', 'hide_compression',
+           'show_compression', 'cache_path', 'TimingCache', 'layer_timing', 'SparseCompute']
 
 # %% ../nbs/06a_training.ipynb #2de35d24
 import json, numpy as np, os, platform
@@ -81,13 +81,13 @@ class CompressedAttention(nn.MultiheadAttention):
         if q is k is v and not (need_weights or p) and mask is None and self._suits(q):
             qkv = self._project_self(q).reshape(n, -1, 3, h, self.head_dim).permute(2, 0, 3, 1, 4).reshape(3, n*h, -1, self.head_dim)
             return AttentionFunction.apply(qkv).view(n, h, -1, self.head_dim).transpose(1, 2).reshape(n, -1, self.embed_dim), None
-        q,k,v = [t.reshape(n, -1, h, self.head_dim).transpose(1, 2) for t in self._project(q, k, v)]
+        q,k,v = [t.reshape(n, t.shape[1], h, self.head_dim).transpose(1, 2) for t in self._project(q, k, v)]
         if need_weights:
             w = q @ k.transpose(-2, -1) / self.head_dim**0.5
             w = F.dropout((w if mask is None else w+mask).softmax(-1), p)
             y = w @ v
         else: w,y = None,F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
-        return y.transpose(1, 2).reshape(n, -1, self.embed_dim), w
+        return y.transpose(1, 2).reshape(n, y.shape[2], self.embed_dim), w
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -653,6 +653,16 @@ class CompressedUpdate:
             mask[self.fresh] = True
         return len(self.fresh)
 
+def forget_updates(
+    model:nn.Module, # A model that may have been left in the midst of an update
+):
+    "Take off what an interrupted `CompressedUpdate` has left to watch gradients."
+    for m in model.modules():
+        vars(m).pop('_watch', None)
+        for k in [k for k,h in m._forward_hooks.items() if isinstance(getattr(h, '__self__', None), CompressedUpdate)]:
+            del m._forward_hooks[k]
+            m._forward_hooks_with_kwargs.pop(k, None)
+
 
 # %% ../nbs/06a_training.ipynb #94abcad7
 def _dense_opt_state(sd, opt, ps):
@@ -675,15 +685,20 @@ def hide_compression(
     opt,             # Its fastai optimizer
 ):
     "Make `opt`'s state dicts look as if nothing was compressed, until `show_compression`."
-    if 'state_dict' in vars(opt): return
-    save,load = opt.state_dict,opt.load_state_dict
-    opt.state_dict = lambda: _dense_opt_state(save(), opt, sparse_params(model))
-    def _load(sd):
-        small = [p for p in sparse_params(model) if param_compressed(p)]
-        expand_model(model, opt)
-        load(sd)
-        compress_params(model, small, opt)
-    opt.load_state_dict = _load
+    if 'state_dict' not in vars(opt): opt.state_dict,opt.load_state_dict = _SaveDense(model, opt, opt.state_dict),_LoadDense(model, opt, opt.load_state_dict)
+
+class _SaveDense:
+    "An optimizer's `state_dict`. An object, not a closure: a deep copy goes with copies of model and optimizer."
+    def __init__(self, model, opt, plain): self.model,self.opt,self.plain = model,opt,plain
+    def __call__(self): return _dense_opt_state(self.plain(), self.opt, sparse_params(self.model))
+
+class _LoadDense(_SaveDense):
+    "Its `load_state_dict`."
+    def __call__(self, sd):
+        small = [p for p in sparse_params(self.model) if param_compressed(p)]
+        expand_model(self.model, self.opt)
+        self.plain(sd)
+        compress_params(self.model, small, self.opt)
 
 # %% ../nbs/06a_training.ipynb #3af17901
 def show_compression(opt):

@@ -11,7 +11,7 @@ import fastai.callback.schedule
 from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
 from fastai.callback.training import GradientAccumulation, GradientClip, ShortEpochCallback
 from fastsparse import (DynamicSparseTrainingCallback as DST, EverActive, RigL_presets, SET_presets, SNFS_presets, Sparsity, add_mask_hooks, gradient_magnitude,
-                        sparsify_model, weight_magnitude)
+                        sparse_params, sparsify_model, weight_magnitude)
 from fastsparse.kernels import kernels_available
 from fastsparse.schedule import is_update_step
 from conftest import assert_sparse, counts, fit, masked, masks, quiet, same, slots, state, toy_dls, toy_items, toy_learner, toy_net
@@ -425,6 +425,14 @@ def test_interrupted_inside_a_score(method, role):
     with pytest.raises(KeyboardInterrupt): fit(learn, 2, cbs=dst(method, **{role: score}))
     assert same(before, masks(learn.model))
     assert_sparse(learn.model, learn.opt)
+
+@pytest.mark.parametrize('other', presets)
+def test_two_callbacks_due_at_once(other):
+    "Neither's step moves what the other has a dense gradient of."
+    learn = toy_learner(.7)
+    first,*rest = [p.module for p in sparse_params(learn.model)]
+    kw = dict(sparse_kernels=False, every=2)
+    fit(learn, 3, cbs=[dst('SET', sparse_modules=first, **kw), dst(other, sparse_modules=rest, **kw), *watches(learn)])
 
 def test_whole_numbers_of_numpy_are_whole_numbers():
     cb = dst('SET', np.int64(3))

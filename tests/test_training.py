@@ -1,4 +1,5 @@
 "Layers on the compiled kernels while they train: the same training, the same checkpoints, and nothing that an interruption could break."
+import copy
 from contextlib import nullcontext
 from functools import partial
 import numpy as np, pytest, torch, torch.nn.functional as F
@@ -343,6 +344,33 @@ def test_a_file_cut_short_is_a_value_error_that_names_it(size, tmp_path):
     for text in 'hello','epoch,loss\n1,2\n':
         (tmp_path/'c').write_text(text)
         with pytest.raises(ValueError, match=r"/c can't be read: .+"): load_sparse_model(tmp_path/'c', learn.model)
+
+def test_a_copied_learner_has_its_own_optimizer_state():
+    learn = run(learner(), 2, dst(keep_kernels=True))
+    twin = copy.deepcopy(learn)
+    before = copy.deepcopy(learn.opt.state_dict())
+    run(twin, 2, dst(keep_kernels=True))
+    def close_states(a, b): return all(torch.equal(v, y[k]) for x,y in zip(a['state'], b['state'], strict=True) for k,v in x.items() if isinstance(v, torch.Tensor))
+    assert close_states(learn.opt.state_dict(), before) and not close_states(twin.opt.state_dict(), before)
+    twins = copy.deepcopy(twin.opt.state_dict())
+    twin.opt.load_state_dict(before)
+    learn.opt.load_state_dict(twins)
+    assert not close_states(learn.opt.state_dict(), before) and not close_states(twin.opt.state_dict(), twins)
+
+def test_an_interrupted_update_leaves_nothing_behind(tmp_path):
+    learn = learner()
+    with pytest.raises(KeyboardInterrupt): run(learn, 2, dst(every=2), Raise('after_loss', 3))
+    run(learn, 1, dst())
+    assert not any(m._forward_hooks or '_watch' in vars(m) for m in learn.model.modules())
+    torch.save(learn.model, tmp_path/'m')
+
+def test_compressed_attention_of_no_sequences():
+    m = nn.MultiheadAttention(8, 2, batch_first=True)
+    sparsify_model(m, .5)
+    x = torch.randn(0, 5, 8)
+    want = m(x, x, x)
+    training.compress_params(m, sparse_params(m))
+    for need in True,False: assert m(x, x, x, need_weights=need)[0].shape == want[0].shape == (0, 5, 8)
 
 def test_a_depthwise_convolution_cannot_be_insisted_on():
     m = nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.Flatten(), nn.LazyLinear(3))
