@@ -24,7 +24,7 @@ from .large import GradientSampler, large_layers, new_positions, set_positions
 from .schedule import cumulative_steps, drop_fraction, is_update_step, sched_cos
 from .score import (gradient_magnitude, gradient_momentum, has_momentum, is_elementwise, momentum_redistribution, needs_dense_grad,
                               opt_slots, opt_state, random_score, weight_magnitude)
-from .topology import n_true, apply_masks, check_mask, drop_and_grow, grad_mask, set_masks, sparse_params, sparseable_params, zero_off_mask_, _hooked, _drop_hooks, GradMask
+from .topology import apply_masks, check_mask, drop_and_grow, grad_mask, set_masks, sparse_params, sparseable_params, zero_off_mask_, _hooked, _drop_hooks, GradMask
 from .layers import hold_interrupts
 from .links import linking_types, _Steps
 from .steps import fuse_steps, plain_steps, why_not_fused
