@@ -81,12 +81,13 @@ void set_direction(Gather& g, const ConvShape& s) {
     g.t_cols = ceil_div(g.out_w, g.ostep_x);
 }
 
-// Channels in a panel: those that fit the L1 cache, or more if a row would have too few nonzeros in them.
+// Channels in a panel: those that fit the L1 cache, or more if a row would have too few nonzeros in them, then up to a third more. Panels are even.
 i64 panel_channels(const Gather& g) {
     const double few = g.shifted ? 20 : 12;
     const double per_channel = double(g.csr->nnz()) / std::max(1., double(g.rows) * double(g.channels));
-    const i64 fits = std::max<i64>(1, g.planes ? planes_panel(g) : batch_panel(g));
-    return std::min(std::max<i64>(1, g.channels), std::max(fits, i64(std::min(few / std::max(per_channel, 1e-9), 1e9))));
+    const i64 channels = std::max<i64>(1, g.channels), fits = std::clamp<i64>(g.planes ? planes_panel(g) : batch_panel(g), 1, channels);
+    const i64 wanted = i64(std::min(few / std::max(per_channel, 1e-9), double(channels)));
+    return ceil_div(channels, wanted > fits ? ceil_div(3 * channels, 4 * wanted) : ceil_div(channels, fits));
 }
 
 // The classes of a phase's taps, by the lane from which they read a row, the last one first; and the class of each tap.

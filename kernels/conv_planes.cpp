@@ -8,7 +8,7 @@
 namespace fastsparse {
 namespace {
 
-constexpr i64 l2_floats = 256 * 1024, most_packed = 160 * 1024;
+constexpr i64 l2_floats = 256 * 1024, most_packed = 160 * 1024, in_place = 64 * 1024;
 constexpr i64 tile = 16, tile_both = 8;   // vectors of a tile of whole rows, at most; for both gradients at once
 
 // Pixels from the first to the last of n rows, in the pitch of the packed block; to the last one's end if shifted.
@@ -233,7 +233,11 @@ void set_planes_block(Gather& g) {
         const i64 rows = std::max<i64>(1, most_packed / std::max<i64>(1, std::max(g.rows, g.channels) * g.pw) - span_y);
         g.block = g.side > 1 ? g.t_rows : ceil_div(g.t_rows, ceil_div(g.t_rows, rows));
     }
-    if (g.direct) g.block = std::max(whole, g.block / whole * whole);
+    if (g.direct) {
+        // Small enough that backward, which has the same blocks, still has dy when it needs it again. A tile at least.
+        const i64 rows = std::max(in_place / std::max<i64>(1, std::max(g.rows, g.channels) * g.pw), ceil_div(14 * g.width, std::max<i64>(1, g.out_w)));
+        g.block = std::max(whole, std::min(rows, g.t_rows) / whole * whole);
+    }
     g.ph = g.block + span_y / g.istep_y;
     g.step_plane = round_up(g.ph * g.pw + g.width, g.width);
     g.plane = g.direct ? g.in_h * g.in_w : g.step_plane * g.steps();
@@ -422,8 +426,6 @@ void backward_planes(const Isa& isa, const Gather& f, const Gather& b, const flo
         float *xp = space.data() + slot * scratch, *own = xp + packed;
         for (bool add = false; i < end; ++i) {
             const float *image = x + i * f.side * f.channels * f.in_h * f.in_w, *grad = dy + i * f.side * f.rows * f.out_h * f.out_w;
-            if (f.direct)
-                for (i64 t = 0; t < b.blocks(); ++t) gather_task(isa, b, room, i * b.blocks() + t, dy, n, values, nullptr, own, dx);
             for (i64 t = 0; t < f.blocks(); ++t) {
                 const Task k = task_of(f, i * f.blocks() + t, n);
                 if (at_once) {
@@ -433,10 +435,8 @@ void backward_planes(const Isa& isa, const Gather& f, const Gather& b, const flo
                     add = true;
                     continue;
                 }
-                if (!f.direct) {
-                    gather_task(isa, b, room, i * b.blocks() + t, dy, n, values, nullptr, own, dx);
-                    pack_block(isa, f, image, k, xp);
-                }
+                gather_task(isa, b, room, i * b.blocks() + t, dy, n, values, nullptr, own, dx);
+                if (!f.direct) pack_block(isa, f, image, k, xp);
                 sample_tiles(isa, f, k, f.direct ? image + k.t0 * f.in_w : xp, f.direct ? grad + k.t0 * f.out_w : own + origin, ypitch, dv, add);
             }
         }

@@ -107,7 +107,7 @@ def test_conv_drawn(isa, layout, data):
 @pytest.mark.parametrize('layout', ['planes', 'batch'])
 @pytest.mark.parametrize('n,h,w,cin,cout,k,stride,pad', [
     (18, 28, 28, 20, 70, 3, 1, 1), (16, 7, 7, 70, 90, 3, 1, 1), (3, 56, 56, 8, 10, 3, 1, 1), (17, 28, 28, 24, 40, 3, 2, 1), (20, 14, 14, 80, 66, 1, 1, 0), (2, 65, 63, 3, 9, 7, 2, 3),
-    (20, 16, 16, 80, 66, 1, 1, 0), (5, 16, 16, 9, 70, 1, 2, 0), (19, 4, 4, 300, 70, 3, 1, 1)])
+    (20, 16, 16, 80, 66, 1, 1, 0), (2, 36, 44, 200, 90, 1, 1, 0), (5, 16, 16, 9, 70, 1, 2, 0), (19, 4, 4, 300, 70, 3, 1, 1)])
 def test_conv_larger(isa, layout, n, h, w, cin, cout, k, stride, pad):
     check_conv(np.random.default_rng(1), n, h, w, cin, cout, (k, k), .1, (stride, stride), (pad,)*4, layout=layout)
 
