@@ -395,14 +395,14 @@ void sample_planes(const Isa& isa, const Gather& g, const float* x, const float*
     if (g.shifted) put_back(g.phase[0], sums.data(), dvalues);
 }
 
-// Whether the input gradient's packed dy is what the weight gradient needs: same pitch, zeros between the rows, whole images,
+// Whether the input gradient's packed dy, or the same blocks of it in place, is what the weight gradient needs: same pitch, zeros between the rows, whole images,
 // and every pixel of dy (a kernel that no pixel of the input reaches leaves some out).
 bool shares_gradient(const Gather& f, const Gather& b) {
     if (!f.planes || !b.planes || f.steps() > 1 || f.shifted != b.shifted || f.side != b.side || (f.shifted && f.slot != b.slot)) return false;
     if (f.shifted && -b.dy_min * b.pw - b.dx_min < f.dx_max - f.dx_min) return false;   // a row of dy and what comes before it
     const bool whole = b.dy_min <= 0 && b.dx_min <= 0 && b.dy_min + b.ph >= f.block && b.dx_min + b.pw >= f.out_w;
     const bool blocks = f.shifted ? f.block == b.block && f.t_rows == b.t_rows : f.blocks() == 1 && b.blocks() == 1;
-    return (f.direct && b.direct) || (!f.direct && !b.direct && blocks && f.pw == b.pw && whole);
+    return (f.direct && b.direct && f.block == b.block) || (!f.direct && !b.direct && blocks && f.pw == b.pw && whole);
 }
 
 // Whether one sweep over the packed dy gives both gradients: what forward packs holds the image where the input gradient's tiles
