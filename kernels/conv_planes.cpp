@@ -9,7 +9,7 @@ namespace fastsparse {
 namespace {
 
 constexpr i64 l2_floats = 256 * 1024, most_packed = 160 * 1024, in_place = 64 * 1024;
-constexpr i64 tile = 16, tile_both = 8;   // vectors of a tile of whole rows, at most; for both gradients at once
+constexpr i64 tile = 16, tile_both = 8, tile_usual = 14;   // vectors of a tile of whole rows, at most; for both gradients at once; what blocks and panels are made for
 
 // Pixels from the first to the last of n rows, in the pitch of the packed block; to the last one's end if shifted.
 i64 flat(const Gather& g, i64 rows, i64 cols) { return g.shifted ? rows * g.pw : (rows - 1) * g.pw + cols; }
@@ -235,7 +235,7 @@ void set_planes_block(Gather& g) {
     }
     if (g.direct) {
         // Small enough that backward, which has the same blocks, still has dy when it needs it again. A tile at least.
-        const i64 rows = std::max(in_place / std::max<i64>(1, std::max(g.rows, g.channels) * g.pw), ceil_div(14 * g.width, std::max<i64>(1, g.out_w)));
+        const i64 rows = std::max(in_place / std::max<i64>(1, std::max(g.rows, g.channels) * g.pw), ceil_div(tile_usual * g.width, std::max<i64>(1, g.out_w)));
         g.block = std::max(whole, std::min(rows, g.t_rows) / whole * whole);
     }
     g.ph = g.block + span_y / g.istep_y;
@@ -271,7 +271,7 @@ void set_expansion(Gather& g) {
 }
 
 i64 planes_panel(const Gather& g) {
-    const i64 vectors = g.shifted && g.backward && g.side == 1 && g.phases() == 1 ? tile_both : 14;
+    const i64 vectors = g.shifted && g.backward && g.side == 1 && g.phases() == 1 ? tile_both : tile_usual;
     return (g.shifted ? 11 : 9) * 1024 / (vectors * g.width + (g.dy_max - g.dy_min) / g.istep_y * g.pw + g.width) / g.steps();
 }
 
