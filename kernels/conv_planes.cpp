@@ -398,8 +398,7 @@ void sample_planes(const Isa& isa, const Gather& g, const float* x, const float*
 // Whether the input gradient's packed dy, or the same blocks of it in place, is what the weight gradient needs: same pitch, zeros between the rows, whole images,
 // and every pixel of dy (a kernel that no pixel of the input reaches leaves some out).
 bool shares_gradient(const Gather& f, const Gather& b) {
-    if (!f.planes || !b.planes || f.steps() > 1 || f.shifted != b.shifted || f.side != b.side || (f.shifted && f.slot != b.slot)) return false;
-    if (f.shifted && -b.dy_min * b.pw - b.dx_min < f.dx_max - f.dx_min) return false;   // a row of dy and what comes before it
+    if (!f.planes || !b.planes || f.shifted != b.shifted || f.side != b.side || (f.shifted && f.slot != b.slot)) return false;
     const bool whole = b.dy_min <= 0 && b.dx_min <= 0 && b.dy_min + b.ph >= f.block && b.dx_min + b.pw >= f.out_w;
     const bool blocks = f.shifted ? f.block == b.block && f.t_rows == b.t_rows : f.blocks() == 1 && b.blocks() == 1;
     return (f.direct && b.direct && f.block == b.block) || (!f.direct && !b.direct && blocks && f.pw == b.pw && whole);
@@ -408,7 +407,7 @@ bool shares_gradient(const Gather& f, const Gather& b) {
 // Whether one sweep over the packed dy gives both gradients: what forward packs holds the image where the input gradient's tiles
 // want it, with zeros around.
 bool swept(const Isa& isa, const Gather& f, const Gather& b) {
-    return isa.both && f.shifted && f.side == 1 && b.pw / b.width <= tile_both && f.dy_min <= 0 && f.dy_max >= 0 && f.in_w - f.dx_min <= f.pw &&
+    return isa.both && f.shifted && f.side == 1 && f.steps() == 1 && b.pw / b.width <= tile_both && f.dy_min <= 0 && f.dy_max >= 0 && f.in_w - f.dx_min <= f.pw &&
            -f.dy_min * f.pw - f.dx_min >= b.phase[0].lane;
 }
 
@@ -416,7 +415,7 @@ bool swept(const Isa& isa, const Gather& f, const Gather& b) {
 void backward_planes(const Isa& isa, const Gather& f, const Gather& b, const float* x, const float* dy, i64 n, const float* values,
                      float* dx, float* dvalues, int threads) {
     const Room room(b, dx, n);
-    const i64 packed = f.direct ? 0 : round_up(f.channels * f.plane, 1024), scratch = packed + room.floats() + b.width;
+    const i64 packed = f.direct ? 0 : round_up(f.channels * f.plane, 1024) + b.width, scratch = packed + room.floats() + b.width;
     const i64 origin = f.direct ? 0 : -b.dy_min * b.pw - b.dx_min, ypitch = f.direct ? f.out_h * f.out_w : b.plane;
     Scratch space(scratch * threads), sums(f.shifted ? f.csr->nnz() : 0);
     const Values in_order(isa, b, values);
@@ -424,6 +423,8 @@ void backward_planes(const Isa& isa, const Gather& f, const Gather& b, const flo
     const bool at_once = swept(isa, f, b);
     sum_in_parts(isa, ceil_div(n, f.side), f.csr->nnz(), f.shifted ? sums.data() : dvalues, threads, [&](i64 i, i64 end, int slot, float* dv) {
         float *xp = space.data() + slot * scratch, *own = xp + packed;
+        if (f.shifted)   // up to a vector is read that lies before or after a channel of dy
+            for (i64 c = 0; c <= b.channels; ++c) std::fill(c ? own + (c - 1) * b.plane + b.ph * b.pw : own - b.width, own + c * b.plane, 0.f);
         for (bool add = false; i < end; ++i) {
             const float *image = x + i * f.side * f.channels * f.in_h * f.in_w, *grad = dy + i * f.side * f.rows * f.out_h * f.out_w;
             for (i64 t = 0; t < f.blocks(); ++t) {
