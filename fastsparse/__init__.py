@@ -6,7 +6,7 @@ from importlib import import_module
 _public = dict(
     distribution='uniform_sparsity first_layer_dense_uniform erdos_renyi_sparsity',
     score='weight_magnitude gradient_magnitude gradient_momentum random_score momentum_redistribution dense_grad opt_state opt_slots',
-    topology='sparsify_model sparse_params sparseable_params add_mask_hooks apply_masks SparseHooks',
+    topology='sparsify_model sparse_params sparseable_params add_mask_hooks apply_masks SparseHooks dense_gradients drop_and_grow set_masks',
     layers='SparseLinear SparseConv2d sparsify_conv2d_auto swap_modules_with_sparse',
     training='expand_model',
     checkpoint='load_sparse_model load_sparse_state save_checkpoint CheckpointCallback ResumeCallback',

@@ -10,9 +10,11 @@ __all__ = ['SET_presets', 'SNFS_presets', 'RigL_presets', 'dl_batch_sizes', 'bor
 # %% ../nbs/07_callback.ipynb #ab246743
 import warnings, weakref
 from contextlib import contextmanager
-from numbers import Integral
-import numpy as np, pandas as pd, torch
-from torch.utils.data import BatchSampler
+from functools import partial
+from numbers import Integral, Real
+import numpy as np, torch
+from torch import nn
+from torch.utils.data import BatchSampler, IterableDataset
 from fastcore.basics import patch
 from fastcore.foundation import L
 from fastai.callback.core import Callback, CancelStepException
@@ -27,6 +29,7 @@ from .score import (gradient_magnitude, gradient_momentum, has_momentum, is_elem
 from .topology import apply_masks, check_mask, drop_and_grow, grad_mask, set_masks, sparse_params, sparseable_params, zero_off_mask_, _hooked, _drop_hooks, GradMask
 from .layers import hold_interrupts
 from .links import linking_types, _Steps
+from .report import Report
 from .steps import fuse_steps, plain_steps, why_not_fused
 from .training import (CompressedUpdate, SparseCompute, compress_params, expand_model, expand_param, forget_updates, hide_compression, param_compressed,
                                  _settle_attention)
@@ -38,13 +41,15 @@ SNFS_presets = dict(keep_score_f=weight_magnitude, grow_score_f=gradient_momentu
 RigL_presets = dict(keep_score_f=weight_magnitude, grow_score_f=gradient_magnitude, initial_drop_grow_pct=0.3, stop_pct=0.75)
 
 # %% ../nbs/07_callback.ipynb #38211777
+def _batch_size(dl): return getattr(dl, 'bs', None) or getattr(dl, 'batch_size', None)
+
 def dl_batch_sizes(
     dl, # A fastai or torch `DataLoader`
 ) -> list: # One size per batch
-    "Samples in each batch of one epoch."
-    bs = getattr(dl, 'bs', None) or getattr(dl, 'batch_size', None) or 1
+    "Samples in each batch of one epoch; 1 where the loader doesn't know."
+    bs = _batch_size(dl) or 1
     sizes,n = [bs]*len(dl),getattr(dl, 'n', None)
-    if n is None and type(getattr(dl, 'batch_sampler', None)) is BatchSampler: n = len(dl.sampler)
+    if n is None and type(getattr(dl, 'batch_sampler', None)) is BatchSampler: n = len(dl.dataset if isinstance(dl.dataset, IterableDataset) else dl.sampler)
     if sizes and n is not None and not getattr(dl, 'drop_last', False) and 0 < n - bs*(len(dl)-1) < bs: sizes[-1] = n - bs*(len(dl)-1)
     return sizes
 
@@ -102,6 +107,10 @@ class _QuickCallback(Callback):
         if name in vars(self): object.__setattr__(self, name, value)      # without fastai's question whether it shadows a learner's attribute
         else: super().__setattr__(name, value)
 
+def _needs_every_grad(cbs, p):
+    "Does any of the callbacks need the whole weight gradient of `p` at every step?"
+    return any(cb._every_grad and cb._moves(p) for cb in cbs if isinstance(cb, DynamicSparseTrainingCallback))
+
 class KernelSwitch:
     "The part of a callback that puts layers on the compiled kernels and takes them off again."
     def __init__(self, mode, threshold, keep):
@@ -109,12 +118,12 @@ class KernelSwitch:
         self.mode,self.threshold,self.keep = mode,check_sparsity(threshold, 'sparsity_threshold'),keep
         self.compute,self.stale = None,False
 
-    def start(self, learn, dense_grad=lambda p: False):
+    def start(self, learn):
         "Before fit. Raises `ValueError` if kernels are insisted on and some layer can't use them."
         self.compute,self.stale = None,True
         plain_steps(learn.opt)      # an interrupted run may have left it fused
         if self.mode is False: return
-        self.compute = learn.sparse_compute = SparseCompute(learn.model, learn.opt, self.mode, self.threshold, dense_grad)
+        self.compute = learn.sparse_compute = SparseCompute(learn.model, learn.opt, self.mode, self.threshold, partial(_needs_every_grad, learn.cbs))
         self.compute.watch()
 
     def set(self, dense):
@@ -196,13 +205,13 @@ class SparseKernelsCallback(_QuickCallback):
 def sparse_kernels_report(
     learn, # A learner that has trained with `sparse_kernels` on
     neighbours:bool=False, # Also what stands between sparse layers: batch normalisation, pooling, rows of layers that hand packed batches on, the optimizer?
-) -> pd.DataFrame: # One row per masked layer: sparsity, milliseconds of forward and backward, what was chosen and why
+) -> Report: # One row per masked layer: sparsity, milliseconds of forward and backward, what was chosen and why
     "How each layer computed last, and why. Raises `ValueError` if nothing was decided yet."
     compute = vars(learn).get('sparse_compute')
     if compute is None or not compute.log: raise ValueError("no decision yet: train with `sparse_kernels='auto'` first.")
     rows = list(compute.log.values())
     if neighbours: rows += [dict(layer=n, **r) for n,r in compute.near.log.items()]
-    return pd.DataFrame(rows).set_index('layer')
+    return Report(rows).set_index('layer')
 
 # %% ../nbs/07_callback.ipynb #07ad0002
 @contextmanager
@@ -273,7 +282,11 @@ class DynamicSparseTrainingCallback(_QuickCallback):
         keep_kernels:bool=False,          # Leave layers on the kernels after fit
         candidates:float=1.,              # In layers born sparse: positions that `grow_score_f` looks at, for each active connection
     ):
-        check_sparsity(initial_drop_grow_pct, 'initial_drop_grow_pct')
+        if not all(isinstance(m, nn.Module) for m in L(sparse_modules)):
+            raise ValueError(f"sparse_modules is a module of the model or a list of them, not {sparse_modules!r:.60}. Presets are unpacked: `DynamicSparseTrainingCallback(**RigL_presets)`.")
+        if not isinstance(initial_drop_grow_pct, Real) or not 0 <= initial_drop_grow_pct < 1:
+            raise ValueError(f"initial_drop_grow_pct is the share of active connections that an update moves, in [0,1), not {initial_drop_grow_pct!r}.")
+        if not isinstance(candidates, Real) or not candidates > 0: raise ValueError(f"candidates is a number above 0, not {candidates!r}.")
         if not 0 < stop_pct <= 1: raise ValueError(f"stop_pct is the share of training with updates, in (0,1], not {stop_pct!r}.")
         if batches_per_update is not None and (not isinstance(batches_per_update, Integral) or batches_per_update < 1):
             raise ValueError(f"batches_per_update is a whole number of optimizer steps, 1 or more, or None, not {batches_per_update!r}.")
@@ -348,12 +361,14 @@ class DynamicSparseTrainingCallback(_QuickCallback):
         ps = self._params()
         self._check(ps + self._large())
         self.n_acc = max([1] + [cb.n_acc for cb in self.learn.cbs if isinstance(cb, GradientAccumulation)])
+        if self.n_acc > 1 and not _batch_size(self.learn.dls.train):
+            raise ValueError("GradientAccumulation counts samples, but the training loader doesn't tell its batch size (batch_size=None or a batch_sampler of its own), so updates can't be laid out. Give it a batch size, or accumulate nothing.")
         self.steps_before = cumulative_steps(dl_batch_sizes(self.learn.dls.train), self.learn.n_epoch, self.n_acc)
         self.n_steps,self.i_step = self.steps_before[-1],0
         self.every = self.batches_per_update or (100 if self.update_replaces_step else max(1, self.n_steps//max(1, self.learn.n_epoch)))
         if not any(is_update_step(i, self.n_steps, self.every, self.stop_pct) for i in range(self.n_steps)):
             warnings.warn(f"connectivity will not change: no update falls into {self.n_steps} optimizer steps at batches_per_update={self.every}. Lower it.")
-        self.kernels.start(self.learn, lambda p: self._every_grad and self._moves(p))
+        self.kernels.start(self.learn)
         apply_masks(self.learn.model, self.learn.opt)
         self.seen = {p.name: pack_bits(p.mask) for p in ps}
         self._own(ps)
@@ -366,7 +381,6 @@ class DynamicSparseTrainingCallback(_QuickCallback):
     def before_train(self):
         if self.idle: return
         self.i_step = self.steps_before[self.learn.epoch]
-        self._own(self._params())      # a layer may have been unfrozen
 
     @property
     def _due(self):
@@ -377,6 +391,7 @@ class DynamicSparseTrainingCallback(_QuickCallback):
         "Ask for dense gradients where this batch's step needs them."
         if self.idle: return
         self.wants_dense_grad = self._wants()
+        if self.wants_dense_grad: self._own(self._params())      # a layer may have been unfrozen
         if self.wants_dense_grad and not self._every_grad: self._plan()
         else: self.kernels.set(dense=False)
         if self._due and needs_dense_grad(self.grow_score_f) == 'update' and self._large(): self._sample(True)

@@ -6,10 +6,11 @@
 __all__ = ['sparseable_types', 'is_sparseable_module', 'n_true', 'SparseParam', 'sparseable_params', 'sparse_params', 'n_kept',
            'sparse_mask', 'zero_off_mask_', 'GradMask', 'grad_mask', 'MaskHook', 'SparseHooks', 'add_mask_hooks',
            'apply_masks', 'sparse_init_', 'check_mask', 'attach_mask', 'sparsify_model', 'top_k', 'sampled_floor',
-           'top_k_index', 'top_k_mask', 'share_out', 'call_scalar', 'drop_and_grow', 'set_masks']
+           'top_k_index', 'top_k_mask', 'share_out', 'call_scalar', 'dense_gradients', 'drop_and_grow', 'set_masks']
 
 # %% ../nbs/04_topology.ipynb #1ff6ea5e
 import warnings
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from math import sqrt
@@ -18,7 +19,7 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.weight_norm import WeightNorm
 from .distribution import layer_sparsities, uniform_sparsity
-from .score import _call, call_score, opt_slots
+from .score import _call, call_score, needs_dense_grad, opt_slots
 
 # %% ../nbs/04_topology.ipynb #16fbfafe
 sparseable_types = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
@@ -449,6 +450,28 @@ def _growth(ps, opt, ks, kept, redistribute_f):
     claims = [float(call_scalar(redistribute_f, p, opt)) for p in ps]
     return share_out(sum(ks), claims, [p.n_weights - n_true(m) for p,m in zip(ps, kept)])
 
+# %% ../nbs/04_topology.ipynb #d5e10002
+class _Asks: learn = wants_dense_grad = True
+
+@contextmanager
+def dense_gradients(
+    model:nn.Module, # A model with masks
+):
+    "Inside, `backward` leaves gradients of inactive connections in place, for `drop_and_grow` to rate. The next forward clears them away."
+    asks,hooks = _Asks(),[h for p in sparse_params(model) if (h := grad_mask(p, create=False)) is not None]
+    owners = [h.owner for h in hooks]
+    for h in hooks: h.owner = lambda: asks
+    try: yield
+    finally:
+        for h,o in zip(hooks, owners): h.owner = o
+
+# %% ../nbs/04_topology.ipynb #d5e10003
+def _check_gradients(ps):
+    for p in ps:
+        h = grad_mask(p, create=False)
+        if h is None or h.dense or h.passed or p.param.grad is None or (p.param.grad[~p.mask] != 0).any(): continue
+        raise ValueError(f"the gradient of {p.name} was masked, so there is nothing to rate inactive connections by: run `backward` within `with dense_gradients(model):`, or mark a score that reads no gradient by `@dense_grad('never')`. No mask was changed.")
+
 # %% ../nbs/04_topology.ipynb #0b128022
 @torch.no_grad()
 def drop_and_grow(
@@ -459,7 +482,9 @@ def drop_and_grow(
     grow_score_f,        # Rates the others
     redistribute_f=None, # A layer's claim on growth; `None`: each layer grows what it drops
 ) -> list: # New masks, one per parameter, on its device
-    "Decide new masks. Each layer drops int(fraction·active); as many are grown as dropped, in each layer or, redistributed, in the model."
+    """Decide new masks. Each layer drops int(fraction·active); as many are grown as dropped, in each layer or, redistributed, in the model.
+    Raises `ValueError`, nothing changed, if a score fails or rates gradients that have been masked."""
+    if needs_dense_grad(grow_score_f) != 'never': _check_gradients(ps)
     if not 0 <= fraction <= 1: raise ValueError(f"the share of connections to move is {fraction}, not between 0 and 1: see the decay (`drop_grow_sched`). No mask was changed.")
     ks = [int(fraction*p.n_active) for p in ps]
     kept = [top_k_mask(call_score(keep_score_f, p.param, opt, p.name, mask=p.mask), p.n_active-k, p.mask) for p,k in zip(ps, ks)]

@@ -507,6 +507,7 @@ class CompressedUpdate:
         one_batch:bool=True, # Does a step have one backward only? Else what makes the gradient is kept until `decide`
         alive=lambda: True,  # Is anybody still waiting for the gradient? An interrupted run is not
     ):
+        if not p.mask.is_contiguous(): p.mask.data = p.mask.contiguous()      # `.to(memory_format=torch.channels_last)` takes masks along
         self.p,self.opt,self.k,self.keep_score_f,self.grow_score_f = p,opt,int(fraction*p.param.numel()),keep_score_f,grow_score_f
         self.alive,self.wants_grad,self.one_batch = alive,wants_grad,one_batch
         self.calls,self.uses,self.grad,self.best,self.kept,self.finite = 0,[],None,None,None,True
@@ -714,14 +715,22 @@ def cache_path() -> Path:
 # %% ../nbs/06a_training.ipynb #0878bd28
 @lru_cache
 def _cpu():
-    try: return next(l.split(':')[1].strip() for l in open('/proc/cpuinfo') if l.startswith('model name')) + next((f" m{l.split(':')[1].strip()}" for l in open('/proc/cpuinfo') if l.startswith('model\t')), '')
-    except (OSError, StopIteration): return platform.processor() or platform.machine()
+    try:
+        with open('/proc/cpuinfo') as f: lines = dict(l.split(':', 1) for l in f.read().split('\n\n')[0].splitlines() if ':' in l)
+        lines = {k.strip(): v.strip() for k,v in lines.items()}
+        return lines['model name'] + (f" m{lines['model']}" if 'model' in lines else '')
+    except (OSError, KeyError): return platform.processor() or platform.machine()
+
+@lru_cache
+def _built():
+    "When the kernels were built. Asked once: their file may be replaced while they run."
+    try: return int(os.path.getmtime(kernels._kernels.__file__))
+    except OSError: return 0
 
 def _machine():
     "What a timing depends on besides the layer."
     from fastsparse import __version__
-    built = int(os.path.getmtime(kernels._kernels.__file__))
-    return f"{_cpu()} | {kernels.isa()} | {torch.get_num_threads()} threads | torch {torch.__version__} | fastsparse {__version__}, kernels of {built}"
+    return f"{_cpu()} | {kernels.isa()} | {torch.get_num_threads()} threads | torch {torch.__version__} | fastsparse {__version__}, kernels of {_built()}"
 
 # %% ../nbs/06a_training.ipynb #f2eda5da
 class TimingCache:
@@ -771,14 +780,14 @@ def _twin(m):
 # %% ../nbs/06a_training.ipynb #3ff753b9
 def _measure(m, mask, x_shape, need_dx, dense_grad, cast):
     "Milliseconds of a forward and backward of a layer like `m` with random weights."
-    twin = _twin(m)
-    twin.register_buffer('weight_mask', mask.clone())
-    with torch.autocast('cpu', getattr(torch, cast) if cast else None, enabled=bool(cast)):
+    with torch.random.fork_rng(devices=[]), torch.autocast('cpu', getattr(torch, cast) if cast else None, enabled=bool(cast)):
+        twin = _twin(m)
+        twin.register_buffer('weight_mask', mask.clone())
         ms = measure_layer((SparseConv2d if isinstance(twin, nn.Conv2d) else SparseLinear).from_dense(twin), x_shape, need_dx)
         sparse = ms.pop('sparse')
         if dense_grad:
             set_dense_grad(twin, True)
-            with torch.random.fork_rng(devices=[]), torch.enable_grad(): sparse = interleaved_ms(dict(sparse=training_step(twin, torch.randn(x_shape), need_dx)))['sparse']
+            with torch.enable_grad(): sparse = interleaved_ms(dict(sparse=training_step(twin, torch.randn(x_shape), need_dx)))['sparse']
     return dict(sparse=sparse, dense=min(ms.values()))
 
 # %% ../nbs/06a_training.ipynb #0d0a16bd

@@ -4,6 +4,7 @@ from functools import partial
 import numpy as np, pytest, torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import default_collate
 from fastai.basics import (Adam, Callback, CancelFitException, CancelStepException, Lamb, Larc, OptimWrapper,
                            RAdam, RMSProp, SGD, ranger, params, load_learner, DataLoaders)
 from fastai.callback.fp16 import MixedPrecision
@@ -810,10 +811,20 @@ def test_same_seed_same_masks_at_one_and_two_threads(method):
 
 # --- bad input
 
-@pytest.mark.parametrize('kw', [dict(initial_drop_grow_pct=1), dict(initial_drop_grow_pct=-.1), dict(initial_drop_grow_pct='x'), dict(stop_pct=0), dict(stop_pct=1.1), dict(stop_pct=math.nan), dict(batches_per_update=0),
+@pytest.mark.parametrize('kw', [dict(initial_drop_grow_pct=1), dict(initial_drop_grow_pct=-.1), dict(initial_drop_grow_pct='x'), dict(sparse_modules=RigL_presets), dict(sparse_modules='0'), dict(candidates=-1), dict(stop_pct=0), dict(stop_pct=1.1), dict(stop_pct=math.nan), dict(batches_per_update=0),
                                 dict(batches_per_update=2.5), dict(batches_per_update='x'), dict(batches_per_update=math.inf), dict(batches_per_update=-1), dict(keep_score_f='w'), dict(grow_score_f=None), dict(drop_grow_sched=.3)])
 def test_bad_arguments(kw):
     with pytest.raises(ValueError, match='score or schedule' if any('_f' in k or 'sched' in k for k in kw) else [*kw][0]): DST(**kw)
+
+@pytest.mark.parametrize('where', [dict(batch_size=None), dict(batch_sampler=[range(i, i+8) for i in range(0, 64, 8)])], ids=str)
+def test_accumulation_over_batches_of_unknown_size_is_told(where):
+    items = [default_collate(toy_items()[i:i+8]) for i in range(0, 64, 8)] if 'batch_size' in where else toy_items()
+    dl = torch.utils.data.DataLoader(items, **where)
+    learn = lambda: toy_learner(dls=DataLoaders(dl, dl))
+    cb = dst()
+    fit(learn(), 1, cbs=cb)
+    assert cb.updates
+    with pytest.raises(ValueError, match='batch size'): fit(learn(), 1, cbs=[dst(), GradientAccumulation(16)])
 
 @pytest.mark.parametrize('value', [1.5, -.5, math.nan])
 def test_a_schedule_out_of_range_is_told(value):
@@ -891,3 +902,22 @@ class TestQuickCallback:
             warnings.simplefilter('error')
             cb.loss_func = 2
         assert cb.loss_func == 2
+
+def test_a_torch_loader_over_an_iterable():
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self): return iter(toy_items())
+        def __len__(self): return 64
+    dl,cb = torch.utils.data.DataLoader(Stream(), batch_size=10),dst()
+    fit(toy_learner(dls=DataLoaders(dl, dl)), 2, cbs=cb)
+    assert cb.n_steps == 14 and cb.updates
+
+def test_a_layer_unfrozen_within_an_epoch_grows_by_its_gradient():
+    seen = []
+    def grow(p, opt, name=None, mask=None):
+        if name == '0.weight': seen.append(int((p.grad[~mask] != 0).sum()))
+        return p.grad.abs()
+    learn = toy_learner(sparsity=None)
+    learn.model[0].weight.requires_grad_(False)
+    sparsify_model(learn, .7)
+    fit(learn, 1, cbs=[dst(every=4, grow_score_f=grow), At('before_batch', lambda l: l.model[0].weight.requires_grad_(True), n=1)])
+    assert seen and min(seen) > 0

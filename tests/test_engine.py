@@ -10,7 +10,7 @@ from fastsparse import (add_mask_hooks, apply_masks, dense_grad, erdos_renyi_spa
                         momentum_redistribution, random_score, sparse_params, sparseable_params, sparsify_model, uniform_sparsity, weight_magnitude)
 from fastsparse.schedule import cumulative_steps, drop_fraction, is_update_step, sched_const, sched_cos, sched_lin
 from fastsparse.score import has_momentum, needs_dense_grad, opt_slots, opt_state
-from fastsparse.topology import drop_and_grow, n_kept, set_masks, share_out, sparse_mask, top_k_mask
+from fastsparse.topology import dense_gradients, drop_and_grow, n_kept, set_masks, share_out, sparse_mask, top_k_mask
 from conftest import assert_sparse, counts, masked, masks, same, state, toy_net
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -665,6 +665,26 @@ def imports(path):
             names = [mod] if node.module and mod != 'fastsparse' else [f'.{a.name}' if node.level else f'{mod}.{a.name}' for a in node.names]
         else: continue
         yield from (re.sub(r'^fastsparse\.', '.', n) for n in names)
+
+def test_growing_by_gradients_that_were_masked_is_told():
+    m,ps = masked_linear()
+    m(torch.randn(4, 8)).square().sum().backward()
+    before = ps[0].mask.clone()
+    with pytest.raises(ValueError, match='dense_gradients'): drop_and_grow(ps, None, .5, weight_magnitude, gradient_magnitude)
+    assert torch.equal(before, ps[0].mask)
+    drop_and_grow(ps, None, .5, weight_magnitude, random_score)
+    drop_and_grow(ps, None, .5, weight_magnitude, dense_grad('never')(lambda p, opt: torch.rand_like(p)))
+
+def test_dense_gradients_are_there_for_one_update_and_gone_after():
+    m,ps = masked_linear()
+    x = torch.randn(4, 8)
+    with dense_gradients(m): m(x).square().sum().backward()
+    off = m.weight.grad.abs()*~ps[0].mask
+    new, = drop_and_grow(ps, None, .5, weight_magnitude, gradient_magnitude)
+    grown = new & ~ps[0].mask
+    assert off[grown].min() >= off[~new & ~ps[0].mask].max() > 0
+    m(x).square().sum().backward()
+    assert not m.weight.grad[~ps[0].mask].any()
 
 def test_nothing_imports_upward():
     order = numbered()

@@ -904,3 +904,29 @@ def test_ever_active_is_kept_in_bits_and_older_checkpoints_load():
         cb.learn = learn
         cb.load_state_dict({**sd, 'kernels': {}})
         assert all(v.equal(look.seen[k]) for k,v in cb.ever_active.items()) and cb.ever_active.keys() == look.seen.keys()
+
+@pytest.mark.parametrize('preset', PRESETS)
+def test_channels_last_models_are_updated_on_the_kernels(preset):
+    def run(fmt):
+        learn = learner(Conv)
+        learn.model.to(memory_format=fmt)
+        with quiet(learn): learn.fit(1, cbs=DynamicSparseTrainingCallback(**{**PRESETS[preset], 'batches_per_update': 3}, sparse_kernels=True, sparsity_threshold=.5))
+        return [p.mask for p in sparse_params(learn.model)]
+    for a,b in zip(run(torch.contiguous_format), run(torch.channels_last)): assert torch.equal(a, b)
+
+@pytest.mark.parametrize('names', [('SNFS', 'RigL'), ('RigL', 'SNFS'), ('SNFS', 'SNFS'), ('SNFS', None)], ids=str)
+def test_snfs_beside_another_callback_that_switches_kernels(names):
+    def run(kernels):
+        learn = learner()
+        parts = [learn.model[0], learn.model[2]]
+        cbs = [DynamicSparseTrainingCallback(**{**PRESETS[n], 'batches_per_update': 3+i}, sparse_modules=parts[i], sparse_kernels=kernels, sparsity_threshold=.5) if n else SparseKernelsCallback(kernels, .5)
+               for i,n in enumerate(names) if n or kernels]
+        with quiet(learn): learn.fit(2, cbs=cbs)
+        return learn.model.state_dict()
+    a,b = run(False),run(True)
+    for k in a: torch.testing.assert_close(a[k], b[k], rtol=1e-4, atol=1e-5, msg=k)
+
+def test_measuring_a_layer_takes_no_random_numbers_from_training():
+    p,before = sparse_params(learner().model)[1],torch.get_rng_state()
+    for dense in (False, True): training._measure(p.module, p.mask, (8, 32), True, dense, '')
+    assert torch.equal(before, torch.get_rng_state())
