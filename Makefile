@@ -10,13 +10,15 @@ DEMO_DIR ?= demo
 
 # The environment, remade when what it is made from changes; `pip install -e` also compiles the kernels.
 .venv/.installed: settings.ini setup.py pyproject.toml $(KERNEL_SOURCES)
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -c 'import sys, pip; sys.exit(sys.version_info < (3,10))' 2>/dev/null || { \
+	  $(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3,10) else "fastsparse needs Python 3.10 or newer: make PYTHON=...")' && \
+	  $(PYTHON) -m venv --clear .venv; }
 	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel pybind11
 	FASTSPARSE_REQUIRE_KERNELS=1 $(BIN)/python -m pip install --quiet --no-build-isolation -e '.[dev]'
 	touch $@
 
 demo: .venv/.installed
-	fastsparse train --data digits --out $(DEMO_DIR)
+	fastsparse train --data digits --out "$(DEMO_DIR)"
 
 test: sync notebooks pytest
 
@@ -39,7 +41,7 @@ kernels: .venv/.installed
 	FASTSPARSE_REQUIRE_KERNELS=1 $(BIN)/python setup.py build_ext --inplace
 
 clean:
-	rm -rf .venv build demo fastsparse/*.so
+	rm -rf .venv build dist *.egg-info demo fastsparse/*.so
 
 # Whole training steps, sparse against dense; see also bench-kernels.
 bench-training: .venv/.installed

@@ -17,10 +17,21 @@ kernels = Pybind11Extension('fastsparse._kernels', sorted(glob('kernels/*.cpp'))
                             depends=sorted(glob('kernels/*.h') + glob('kernels/*.inc')),
                             optional=os.environ.get('FASTSPARSE_REQUIRE_KERNELS') != '1')
 
+class BuildKernels(build_ext):
+    "A build that fails leaves no older kernels for newer Python to call."
+    def build_extension(self, ext):
+        try: super().build_extension(ext)
+        except Exception:
+            for built in (Path(self.get_ext_fullpath(ext.name)), *Path('fastsparse').glob('_kernels.*')): built.unlink(missing_ok=True)
+            raise
+
+for old in Path('build').glob('lib*/fastsparse/*.py'):      # setuptools would install modules that are gone
+    if not Path('fastsparse', old.name).exists(): old.unlink()
+
 setup(name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], author=cfg['author'],
       license='Apache-2.0', keywords=cfg['keywords'].split(), python_requires='>=' + cfg['min_python'],
       long_description=Path('README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
-      packages=find_packages(include=['fastsparse', 'fastsparse.*']), ext_modules=[kernels], cmdclass=dict(build_ext=build_ext), zip_safe=False,
+      packages=find_packages(include=['fastsparse', 'fastsparse.*']), ext_modules=[kernels], cmdclass=dict(build_ext=BuildKernels), zip_safe=False,
       install_requires=cfg['requirements'].split(),
       extras_require=dict(demo=cfg['demo_requirements'].split(), dev=cfg['dev_requirements'].split() + cfg['demo_requirements'].split()),
       entry_points=dict(console_scripts=cfg['console_scripts'].split(), nbdev=['fastsparse = fastsparse._modidx:d']))

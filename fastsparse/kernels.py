@@ -56,7 +56,9 @@ def set_isa(
     _need().set_isa(name)
 
 # %% ../nbs/00_kernels.ipynb #b9411cdf
-if _kernels and os.environ.get('FASTSPARSE_ISA'): set_isa(os.environ['FASTSPARSE_ISA'])
+if _kernels and os.environ.get('FASTSPARSE_ISA'):
+    try: set_isa(os.environ['FASTSPARSE_ISA'].strip().lower())
+    except ValueError as e: raise ValueError(f'FASTSPARSE_ISA: {e}') from None
 
 # %% ../nbs/00_kernels.ipynb #4cd94d02
 def kernel_table()->list: # Dicts with op, dtype, isa, tile (rows, columns of vectors), lay (how tiles lie in memory), width

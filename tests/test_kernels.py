@@ -526,6 +526,8 @@ def test_the_environment_forces_an_isa(name):
     assert r.stdout.split()[-1] == name
 
 def test_an_isa_that_is_missing_is_a_clear_error():
+    r = subprocess.run([sys.executable, '-c', 'import fastsparse.kernels'], capture_output=True, text=True, env=os.environ | {'FASTSPARSE_ISA': 'sse9'})
+    assert "FASTSPARSE_ISA: ISA 'sse9' is not available" in r.stderr
     with pytest.raises(ValueError, match="'sse9' is not available"): K.set_isa('sse9')
 
 def test_every_kernel_is_in_the_table():
