@@ -17,7 +17,7 @@ _home = {name: module for module,names in _public.items() for name in names.spli
 __all__ = list(_home)
 
 def __getattr__(name):
-    "Import a public name's module when it is first asked for, so that plain PyTorch code never imports fastai."
+    "Import a public name's module when it is first asked for, so that what needs no fastai doesn't import it."
     if name not in _home: raise AttributeError(f"module 'fastsparse' has no attribute {name!r}")
     return getattr(import_module(f'fastsparse.{_home[name]}'), name)
 
