@@ -31,6 +31,7 @@ from zlib import crc32
 from fastcore.basics import patch
 from torch import nn, Tensor
 from torch.autograd import Function, forward_ad
+from torch.nn.modules.utils import _pair
 from torch.nn.utils import skip_init
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.parameter import UninitializedParameter
@@ -796,15 +797,24 @@ def conv_geometry(
     layout='', # 'planes', 'batch', or '': the kernels choose
 ):
     "Geometry of a convolution module, for an input that `pad_mode` has seen."
-    l,r,t,b = m._reversed_padding_repeated_twice
-    pad = (t,b,l,r) if m.padding_mode == 'zeros' else (0,0,0,0)
+    pad = _zero_padding(m) if m.padding_mode == 'zeros' else (0,0,0,0)
     return Conv2dGeometry(m.out_channels, m.in_channels//m.groups, m.kernel_size, m.stride, pad, m.dilation, m.groups, layout)
+
+def _zero_padding(m):
+    "Rows of zeros at top and bottom, columns at left and right. `nn.Conv2d` reads `padding` at each call, and so may whoever changes it expect."
+    p = m.padding
+    if p.__class__ is tuple: v,h = p
+    elif p == 'same':
+        v,h = (d*(k-1) for d,k in zip(m.dilation, m.kernel_size))
+        return v//2, v-v//2, h//2, h-h//2
+    else: v,h = (0,0) if p == 'valid' else _pair(p)
+    return v, v, h, h
 
 def pad_mode(
     m,        # `nn.Conv2d` or `SparseConv2d`
     x:Tensor, # Its input
 ) -> Tensor:
-    "Padding with anything but zeros comes before the kernels."
+    "Padding with anything but zeros comes before the kernels. As in `nn.Conv2d` it is what the module was made with, whatever became of `padding`."
     return x if m.padding_mode == 'zeros' else F.pad(x, m._reversed_padding_repeated_twice, mode=m.padding_mode)
 
 # %% ../nbs/05_layers.ipynb #c897ad2b
@@ -820,12 +830,17 @@ def mask_of(
 # %% ../nbs/05_layers.ipynb #894442d3
 def _weight_of(m): return m.weight_orig*m.weight_mask if 'weight_orig' in m._parameters else m.weight
 
+def _is_trained(m, name):
+    "Does a parameter, or what pruning or a parametrization computes it from, get gradients? What is computed under `no_grad` would say no."
+    p = m._parameters.get(name)
+    return any(q.requires_grad for n,q in m.named_parameters() if name in n) if p is None else p.requires_grad
+
 @torch.no_grad()
 def _take_over(sparse, dense, mask):
     "Weights, freezing and mode of `dense` for its sparse twin."
     sparse.weight.copy_(gather(_weight_of(dense), mask))
-    sparse.weight.requires_grad_(dense.weight.requires_grad)
-    if dense.bias is not None: sparse.bias.copy_(dense.bias).requires_grad_(dense.bias.requires_grad)
+    sparse.weight.requires_grad_(_is_trained(dense, 'weight'))
+    if dense.bias is not None: sparse.bias.copy_(dense.bias).requires_grad_(_is_trained(dense, 'bias'))
     if hasattr(dense, 'weight_sparsity'): sparse.register_buffer('weight_sparsity', dense.weight_sparsity.clone())
     return sparse.train(dense.training)
 
@@ -855,7 +870,12 @@ def from_dense(cls:SparseConv2d,
     with torch.random.fork_rng(devices=[]):
         new = cls(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, mask=mask,
                   padding_mode=conv.padding_mode, vectorizing_over_on=vectorizing_over_on, **_shared_args(conv))
-    return _take_over(new, conv, mask)
+    return _take_over(_pads_like(conv, new), conv, mask)
+
+def _pads_like(old, new):
+    "Give `new` what `pad_mode` looks at."
+    new._reversed_padding_repeated_twice = list(old._reversed_padding_repeated_twice)
+    return new
 
 # %% ../nbs/05_layers.ipynb #bd66e07b
 @torch.no_grad()
@@ -875,8 +895,9 @@ def to_dense(self:SparseLinear) -> nn.Linear: # Its mask in the buffer `weight_m
 @patch
 def to_dense(self:SparseConv2d) -> nn.Conv2d: # Its mask in the buffer `weight_mask`
     "The dense layer that computes the same."
-    return _give_back(self, skip_init(nn.Conv2d, self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding,
-                                      self.dilation, self.groups, padding_mode=self.padding_mode, **_shared_args(self)))
+    new = skip_init(nn.Conv2d, self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding, self.dilation,
+                    self.groups, padding_mode=self.padding_mode, **_shared_args(self))
+    return _give_back(self, _pads_like(self, new))
 
 # %% ../nbs/05_layers.ipynb #95ca2966
 @patch
@@ -1201,8 +1222,8 @@ def _why_keep(m, owners, threshold):
     "Why a layer stays dense, as far as can be said without measuring."
     why = why_not_compress(m)
     if why and not _pruned(m): return why
-    tied = [n for o,n in owners.get(m.weight, {}).items() if o is not m]
-    if tied: return f'its weight is tied to {tied[0]}'
+    tied = [n for o,n in owners.get(m._parameters.get('weight_orig', m.weight), {}).items() if o is not m]
+    if tied: return f'its weight is tied to {tied[0] or "a parameter of the model itself"}'
     s = layer_sparsity(m)
     if s < threshold: return f'sparsity below the threshold {threshold:g}'
     if not m.weight.is_cpu: return f'on {m.weight.device.type}: the kernels run on the CPU'
@@ -1311,8 +1332,9 @@ def _row(m, names, shapes, dense_ms, sparse_ms, new, why):
                 dense_ms=dense_ms, sparse_ms=sparse_ms, chosen='dense' if new is None else 'sparse', why=why)
 
 def _replace(model, names, new, old):
-    "Put `new` in all the places of a module."
+    "Put `new` in all the places of a module. It takes over the very bias, which others may use too."
     carry_hooks(old, new)
+    if old._parameters.get('bias') is not None: new.bias = old.bias
     for n in names:
         if not n: return new
         parent,_,attr = n.rpartition('.')

@@ -1268,3 +1268,42 @@ def test_a_bias_replaced_during_a_call_stays_readable(monkeypatch):
     old = m.bias.data_ptr()
     m.bias.data = torch.zeros(4)
     assert seen[0].data_ptr() == old != m.bias.data_ptr()
+
+# Layers that something else changed, shares or wraps
+
+@pytest.mark.parametrize('mode', ['zeros', 'circular'])
+@pytest.mark.parametrize('padding', [(2,2), 'same', 'valid', 2])
+def test_convolutions_follow_attributes_changed_later(mode, padding):
+    conv,x = masked(nn.Conv2d(8, 8, 3, padding=1, padding_mode=mode), .3),torch.randn(2, 8, 9, 9)
+    sparse = SparseConv2d.from_dense(conv)
+    sparse(x)  # plans for the old geometry
+    for m in (conv, sparse): m.dilation,m.padding = (2,2),padding
+    want = conv(x)
+    for m in (sparse, SparseConv2d.from_dense(conv), sparse.to_dense(), compress(conv)): torch.testing.assert_close(m(x), want)
+
+@needs_kernels
+def test_a_pruned_layer_is_still_trained_after_a_forward_without_gradients(sparse_wins):
+    m = nn.Sequential(nn.Linear(20, 10))
+    nn.utils.prune.random_unstructured(m[0], 'weight', .9)
+    with torch.no_grad(): m(torch.randn(2, 20))
+    assert SparseLinear.from_dense(m[0]).weight.requires_grad
+    assert swap_modules_with_sparse(m, only_if_faster=False)[0][0].weight.requires_grad
+    m[0].weight_orig.requires_grad_(False)
+    assert not SparseLinear.from_dense(m[0]).weight.requires_grad
+
+@needs_kernels
+@pytest.mark.parametrize('inplace', [False, True])
+def test_a_tied_bias_stays_tied(inplace):
+    class Head(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bias,self.dec,self.other = nn.Parameter(torch.zeros(6)),masked(nn.Linear(8, 6), .1),masked(nn.Linear(8, 6), .1)
+            self.dec.bias = self.other.bias = self.bias
+    old = Head()
+    m,_ = swap_modules_with_sparse(old, inplace=inplace, only_if_faster=False)
+    assert type(m.dec) is SparseLinear and m.dec.bias is m.bias is m.other.bias and (m.bias is old.bias) == inplace
+
+def test_a_weight_tied_to_the_model_itself_says_so():
+    m = nn.ModuleDict(dict(dec=masked(nn.Linear(8, 6), .1)))
+    m.table = m['dec'].weight
+    assert 'tied to a parameter of the model' in swap_modules_with_sparse(m, only_if_faster=False)[1][0]['why']
