@@ -10,11 +10,11 @@ __all__ = ['plan_cache', 'compressed_types', 'active_index', 'gather', 'scatter'
            'linear_backward_weight_op', 'linear_backward_op', 'conv2d_op', 'conv2d_backward_input_op',
            'conv2d_backward_weight_op', 'conv2d_backward_op', 'DenseFallbackWarning', 'say_once', 'why_dense',
            'dense_weight', 'gathered_linear', 'dense_apply', 'sparse_apply', 'replace_storage', 'SparseModule',
-           'kaiming_sparse_', 'check_mask', 'make_structure', 'SparseLinear', 'SparseConv2d', 'conv_geometry',
-           'pad_mode', 'mask_of', 'is_compressed', 'Compressed', 'CompressedLinear', 'CompressedConv2d',
-           'why_not_compress', 'hold_interrupts', 'compress', 'expand', 'interleaved_ms', 'training_step',
-           'measure_layer', 'sparsify_conv2d_auto', 'SwapReport', 'layer_inputs', 'is_skipped', 'layer_sparsity',
-           'carry_hooks', 'leave_fused_path', 'swap_modules_with_sparse']
+           'kaiming_sparse_', 'check_mask', 'check_share', 'make_structure', 'SparseLinear', 'SparseConv2d',
+           'conv_geometry', 'pad_mode', 'mask_of', 'is_compressed', 'Compressed', 'CompressedLinear',
+           'CompressedConv2d', 'why_not_compress', 'hold_interrupts', 'compress', 'expand', 'interleaved_ms',
+           'training_step', 'measure_layer', 'sparsify_conv2d_auto', 'SwapReport', 'layer_inputs', 'is_skipped',
+           'layer_sparsity', 'carry_hooks', 'leave_fused_path', 'swap_modules_with_sparse']
 
 # %% ../nbs/05_layers.ipynb #4fad2516
 import numpy as np, signal, threading, torch, torch.nn.functional as F, warnings, weakref
@@ -141,11 +141,11 @@ def random_index(
 ) -> Tensor: # int64, sorted, distinct
     "`k` of the positions 0…`n`-1, all sets equally likely, in O(`k`) memory."
     if not 0 <= k <= n: raise ValueError(f'cannot choose {k} of {n} positions')
-    if n <= 4*k+64: return torch.randperm(n, generator=generator)[:k].sort().values
-    got = torch.empty(0, dtype=torch.int64)
+    if n <= 4*k+64: return torch.randperm(n, generator=generator, device='cpu')[:k].sort().values
+    got = torch.empty(0, dtype=torch.int64, device='cpu')
     while (have := got.numel()) < k:      # as many draws as are expected to bring what is missing, and a few more
         m = n*log((n-have)/(n-k))
-        new = torch.randint(n, (int(m + 4*sqrt(m*k/n)) + 8,), generator=generator)
+        new = torch.randint(n, (int(m + 4*sqrt(m*k/n)) + 8,), generator=generator, device='cpu')
         got = _sorted_unique(new if not have else torch.cat([got, new]))
     if len(got) == k: return got
     return torch.from_numpy(np.delete(got.numpy(), random_index(len(got), len(got)-k, generator).numpy()))
@@ -249,6 +249,12 @@ def structure_stamp(
         return tuple(crc32(t.numpy()) for t in (indptr, indices))
 
 # %% ../nbs/05_layers.ipynb #c1db57ad
+def _written_to(indices):
+    "What to add to a complaint about a structure that was written to after it was made."
+    if indices.is_inference() or not indices._version: return ''
+    return ('. The structure was written to in place: if by an average of models, take one that leaves buffers of integers as they are, '
+            'such as AveragedModel(…, use_buffers=False); if on purpose, use set_structure')
+
 def build_plan(
     geom,           # `LinearGeometry` or `Conv2dGeometry`
     indptr:Tensor,
@@ -260,7 +266,8 @@ def build_plan(
         e = plan_cache and plan_cache.get(key)
         if e and ref in e.refs: plan_cache.pop(key, None)
     memory = tuple(t.detach() for t in (indptr, indices))
-    plan = geom.plan(indptr.detach().long().contiguous().numpy(), indices.detach().int().contiguous().numpy())
+    try: plan = geom.plan(indptr.detach().long().contiguous().numpy(), indices.detach().int().contiguous().numpy())
+    except ValueError as e: raise ValueError(f'{e}{_written_to(indices)}') from e
     plan.structure,plan.broken,plan.alone = memory,False,False
     plan_cache[key] = PlanEntry(plan, (weakref.ref(indptr, forget), weakref.ref(indices, forget)), structure_stamp(indptr, indices), memory)
     return plan
@@ -290,8 +297,9 @@ def _survives(plan, kernel, *args, mark='broken'):
 
 def _dense_backward(geom, plan, x, dy, values, x_shape, need_x, need_v, v_dtype):
     "`run_backward` by PyTorch's dense operators."
-    x = (dy.new_zeros(x_shape) if x is None else x).detach().requires_grad_(need_x)
-    v = (dy.new_zeros(plan.nnz, dtype=v_dtype) if values is None else values).detach().requires_grad_(need_v)
+    def zeros(shape, dtype): return torch.zeros(shape, dtype=dtype, device=dy.device)  # dy.new_zeros would make batches of them from a batch of gradients
+    x = (zeros(x_shape, dy.dtype) if x is None else x).detach().requires_grad_(need_x)
+    v = (zeros(plan.nnz, v_dtype) if values is None else values).detach().requires_grad_(need_v)
     with torch.enable_grad(): y = geom.dense(x, dense_weight(v, *plan.structure, geom.weight_shape).to(x.dtype), None)
     gs = iter(torch.autograd.grad(y, [t for t,need in ((x,need_x),(v,need_v)) if need], dy))
     return next(gs) if need_x else None, next(gs) if need_v else None
@@ -333,8 +341,12 @@ def run_backward(
     v_dtype = v_dtype or (dy if values is None else values).dtype
     dv = dy.new_empty(plan.nnz, dtype=v_dtype) if need_v else None
     db = dy.new_empty(plan.n_rows) if need_b and geom.kernel_sums_bias and dy.dtype is torch.float32 else None
-    ok = _survives(plan, plan.backward, geom.batched(x) if need_v else None, geom.batched(dy), _values(plan, values) if need_x else None,
-                   geom.batched(dx) if need_x else None, dv, None, _dtype(dy), *(() if db is None else (db,)))
+    try:
+        ok = _survives(plan, plan.backward, geom.batched(x) if need_v else None, geom.batched(dy), _values(plan, values) if need_x else None,
+                       geom.batched(dx) if need_x else None, dv, None, _dtype(dy), *(() if db is None else (db,)))
+    except TypeError:  # a batch of gradients in one tensor has no memory to read; to ask before takes time in each call
+        if not torch._C._functorch.is_legacy_batchedtensor(dy): raise
+        ok = say_once('a batch of gradients at once, as by is_grads_batched')
     if not ok: (dx,dv),db = _dense_backward(geom, plan, x, dy, values, x_shape, need_x, need_v, v_dtype),None
     return dx, dv, geom.bias_grad(dy, b_dtype or dy.dtype) if need_b and db is None else db
 
@@ -563,6 +575,7 @@ def why_dense(
     if values.dtype not in (torch.float32, torch.bfloat16): return f'dtype {values.dtype}, the kernels compute in float32 and bfloat16'
     if values.dtype is torch.bfloat16 and _autocast(x) is torch.float16: return 'bfloat16 weights under float16 autocast'
     if x.is_nested: return 'nested tensor input'
+    if x.layout is not torch.strided: return f'input of layout {x.layout}'
     if geom.depthwise: return 'depthwise convolution, nothing to gain'
     return _why_transformed()
 
@@ -620,7 +633,10 @@ def sparse_apply(
 
     Raises: ValueError on a shape that does not fit, TypeError on an input dtype other than the weight's."""
     if has_torch_function_unary(x): return handle_torch_function(sparse_apply, (x,), geom, x, values, indptr, indices, bias)
-    if _ordinary(geom, x, values): return _eager(geom, x, values, indptr, indices, bias)
+    if _ordinary(geom, x, values):
+        try: return _eager(geom, x, values, indptr, indices, bias)
+        except (RuntimeError,TypeError):  # the layout is looked at here, where it takes no time from the usual calls
+            if x.layout is torch.strided: raise
     cast = _autocast(x)
     why = why_dense(geom, x, values)
     if why is not None:
@@ -653,24 +669,49 @@ def replace_storage(
     p.grad = grad
 
 # %% ../nbs/05_layers.ipynb #3ebceaea
-class SparseModule(nn.Module):
-    "Base of the sparse layers: values in the parameter `weight`, structure in the buffers `indptr` and `indices`."
+class _KeepsStructure:
+    "Buffers of integers and masks keep their dtype under `nn.Module.type` too, which casts all there is, as they do under `.to()`."
+    def _apply(self, fn, recurse=True):
+        old = {k:t for k,t in self._buffers.items() if t is not None and not t.is_floating_point()}
+        super()._apply(fn, recurse)
+        for k,t in old.items():
+            new = self._buffers[k]
+            if new.dtype is not t.dtype: self._buffers[k] = t.to(new.device)
+        return self
+
+class SparseModule(_KeepsStructure, nn.Module):
+    """Base of the sparse layers: values in the parameter `weight`, structure in the buffers `indptr` and `indices`.
+
+    The buffers are integers and no average of integers may be rounded: `torch.optim.swa_utils.AveragedModel` needs its default `use_buffers=False`, which copies them."""
     @property
-    def geometry(self): raise NotImplementedError
+    def geometry(self):
+        "The shape of the layer, as the kernels take it."
+        raise NotImplementedError
     @property
-    def weight_shape(self): return self.geometry.weight_shape  # of the dense weight
+    def weight_shape(self):
+        "Shape of the dense weight."
+        return self.geometry.weight_shape
     @property
-    def nnz(self): return self.indices.numel()
+    def nnz(self):
+        "Number of weights that exist."
+        return self.indices.numel()
     @property
-    def sparsity(self): return 1 - self.nnz/max(1, prod(self.weight_shape))
+    def sparsity(self):
+        "Share of the weights that do not exist."
+        return 1 - self.nnz/max(1, prod(self.weight_shape))
     @property
-    def flat_index(self): return flat_index(self.indptr, self.indices, prod(self.weight_shape[1:]))
+    def flat_index(self):
+        "Flat row-major positions of the weights in the dense weight: int64, one per nonzero."
+        return flat_index(self.indptr, self.indices, prod(self.weight_shape[1:]))
     @property
     def mask(self):
+        "Which weights exist: bool, in the shape of the dense weight."
         m = torch.zeros(prod(self.weight_shape), dtype=torch.bool, device=self.indices.device)
         return m.index_fill_(0, self.flat_index, True).view(self.weight_shape)
 
-    def dense_weight(self): return dense_weight(self.weight, self.indptr, self.indices, self.weight_shape)
+    def dense_weight(self):
+        "The dense weight, through which gradients flow back to `weight`."
+        return dense_weight(self.weight, self.indptr, self.indices, self.weight_shape)
     def forward(self, input): return sparse_apply(self.geometry, input, self.weight, self.indptr, self.indices, self.bias)
 
 # %% ../nbs/05_layers.ipynb #672976f3
@@ -696,6 +737,15 @@ def check_mask(
     return mask.bool()
 
 # %% ../nbs/05_layers.ipynb #d45f9080
+def check_share(
+    name:str, # Of the argument
+    share,
+):
+    "Raises `ValueError` unless `share` is a number in 0…1."
+    try: ok = 0 <= share <= 1
+    except TypeError: ok = False
+    if not ok: raise ValueError(f'{name} is a share of zeros in 0…1, got {share!r}')
+
 def make_structure(
     shape:tuple,          # Of the dense weight
     mask:Tensor=None,     # Bool, of that shape
@@ -710,7 +760,7 @@ def make_structure(
     n_rows,n_cols = shape[0],prod(shape[1:])
     if mask is not None: return csr_from_mask(check_mask(mask, shape))
     if sparsity is not None:
-        if not 0 <= sparsity <= 1: raise ValueError(f'sparsity is a share of zeros in 0…1, got {sparsity}')
+        check_share('sparsity', sparsity)
         return csr_from_index(random_index(n_rows*n_cols, round((1-sparsity)*n_rows*n_cols), generator), n_rows, n_cols)
     check_csr(indptr, indices, n_rows, n_cols)
     return indptr.long().clone(), indices.int().clone()
@@ -718,6 +768,7 @@ def make_structure(
 # %% ../nbs/05_layers.ipynb #3c39d9ea
 def _init_sparse(self, shape, bias, structure, device, dtype):
     "The rest of a sparse module's `__init__`: buffers and parameters."
+    if device is None: device = torch.get_default_device()  # the structure goes where parameters go by themselves
     indptr,indices = (t.to(device) for t in structure)
     self.register_buffer('indptr', indptr)
     self.register_buffer('indices', indices)
@@ -822,7 +873,8 @@ def mask_of(
     module:nn.Module, # With a dense `weight`
     mask:Tensor=None, # Taken if given
 ) -> Tensor: # Bool, shape of the weight
-    "Which weights of a dense module exist: `mask`, or its `weight_mask` buffer, or its nonzeros. Raises `ValueError` on a wrong shape."
+    "Which weights of a dense module exist: `mask`, or its `weight_mask` buffer, or its nonzeros. Raises `ValueError` on a wrong shape, `TypeError` on a module that is not dense."
+    if module.weight.dim() == 1: raise TypeError(f'this {type(module).__name__} stores its nonzeros only: make it dense first, by expand or to_dense')
     if mask is None: mask = getattr(module, 'weight_mask', None)
     if mask is None: return module.weight.detach() != 0
     return check_mask(mask, module.weight.shape)
@@ -908,12 +960,16 @@ def set_structure(self:SparseModule,
     values:Tensor=None, # The new weights; None: all zero
     grad:Tensor=None,   # Their gradients; None: none
 ):
-    "Change which weights exist. Raises `ValueError`, and changes nothing, if the structure does not fit."
+    "Change which weights exist. Raises `ValueError`, and changes nothing, if something does not fit. All is copied."
     shape,w = self.weight_shape,self.weight
-    if values is None: values = w.new_zeros(indices.numel())
+    n = indices.numel()
+    if values is None: values = w.new_zeros(n)
     check_csr(indptr, indices, shape[0], prod(shape[1:]), values.numel())
+    for k,t in dict(values=values, grad=grad).items():
+        if t is not None and t.shape != (n,): raise ValueError(f'{k} of shape {tuple(t.shape)} for {n} positions: expected ({n},)')
+    if grad is not None: grad = grad.detach().to(w.device, w.dtype, copy=True)
     indptr,indices = (t.detach().to(self.indices.device, dtype, copy=True) for t,dtype in ((indptr,torch.int64), (indices,torch.int32)))
-    replace_storage(w, values.detach().to(w.device, w.dtype).clone(), grad)
+    replace_storage(w, values.detach().to(w.device, w.dtype, copy=True), grad)
     self.indptr,self.indices = indptr,indices
 
 # %% ../nbs/05_layers.ipynb #0de74729
@@ -933,26 +989,29 @@ def apply_further_mask(self:SparseModule,
 
 # %% ../nbs/05_layers.ipynb #c551a6b5
 def _check_entries(self, sd):
-    "Raises `ValueError` unless the entries for a sparse module, without their prefix, fit together and to the module."
-    got = [k for k in ('weight', 'indptr', 'indices') if k in sd]
-    if got and len(got) < 3: raise ValueError(f'it has {", ".join(got)} but not the rest of weight, indptr and indices')
+    "Do the entries for a sparse module, without their prefix, bring another structure? Raises `ValueError` unless they fit together and to the module."
+    if 'weight' in sd and sd['weight'].dim() != 1:
+        raise ValueError(f'weight of shape {tuple(sd["weight"].shape)} is dense: load it into a dense layer and use from_dense')
+    names = ['indptr','indices'] + ['weight']*('weight' in self._parameters)  # pruning and parametrizations keep what they compute it from
+    got = [k for k in names if k in sd]
+    if got and len(got) < len(names): raise ValueError(f'it has {", ".join(got)} but not the rest of {", ".join(names)}')
     if 'bias' in sd and self.bias is not None and sd['bias'].shape != self.bias.shape:
         raise ValueError(f'bias of shape {tuple(sd["bias"].shape)}, expected {tuple(self.bias.shape)}')
     if not got: return False
     shape = tuple(sd.get('dense_shape', torch.tensor(self.weight_shape)).tolist())
     if shape != tuple(self.weight_shape): raise ValueError(f'it is for a weight of shape {shape}, expected {tuple(self.weight_shape)}')
-    if sd['weight'].dim() != 1:
-        raise ValueError(f'weight of shape {tuple(sd["weight"].shape)} is dense: load it into a dense layer and use from_dense')
-    check_csr(sd['indptr'], sd['indices'], self.weight_shape[0], prod(self.weight_shape[1:]), sd['weight'].numel())
-    return True
+    check_csr(sd['indptr'], sd['indices'], self.weight_shape[0], prod(self.weight_shape[1:]), sd['weight'].numel() if 'weight' in names else None)
+    new = self.indices.is_meta or not all(torch.equal(sd[k].to(t), t) for k,t in (('indptr',self.indptr), ('indices',self.indices)))
+    if new and 'weight' not in names:
+        raise ValueError('it has another structure, and the weight here is computed from other parameters: remove pruning or the parametrization before loading')
+    return new
 
 @patch
 def _load_from_state_dict(self:SparseModule, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
     sd = {k[len(prefix):]:v for k,v in state_dict.items() if k.startswith(prefix)}
     try: new = _check_entries(self, sd)
     except ValueError as e: return error_msgs.append(f'{prefix or type(self).__name__}: {e}')
-    if new and (self.indices.is_meta or not all(torch.equal(sd[k].to(t), t) for k,t in (('indptr',self.indptr), ('indices',self.indices)))):
-        self.set_structure(sd['indptr'], sd['indices'])
+    if new: self.set_structure(sd['indptr'], sd['indices'])
     if 'weight_sparsity' in sd and not hasattr(self, 'weight_sparsity'): self.register_buffer('weight_sparsity', sd['weight_sparsity'].clone())
     nn.Module._load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
@@ -963,7 +1022,7 @@ def is_compressed(
     "Is `module`'s weight stored as its nonzeros only, by `compress`?"
     return getattr(module, 'is_compressed', False)
 
-class Compressed:
+class Compressed(_KeepsStructure):
     "What `CompressedLinear` and `CompressedConv2d` share: nonzeros only in `weight`, the structure in buffers, a dense `state_dict`."
     is_compressed = True
 
@@ -981,7 +1040,7 @@ class Compressed:
     def _load_from_state_dict(self, *args, **kwargs):
         expand(self)
         try: self._load_from_state_dict(*args, **kwargs)
-        finally: compress(self)
+        finally: _compress(self, mask_of(self))
 
 # %% ../nbs/05_layers.ipynb #7288c7fb
 class CompressedLinear(Compressed, nn.Linear):
@@ -1000,6 +1059,11 @@ class CompressedConv2d(Compressed, nn.Conv2d):
 compressed_types = {c.dense_type:c for c in (CompressedLinear, CompressedConv2d)}
 
 # %% ../nbs/05_layers.ipynb #c2f8fa62
+def _added(m):
+    "What somebody gave this layer that one in its place would not have."
+    if 'forward' in vars(m): return 'it has a `forward` of its own'
+    if m._modules: return f'it holds modules of its own: {", ".join(m._modules)}'
+
 def why_not_compress(
     module:nn.Module,
 ) -> Optional[str]: # None: it can be
@@ -1007,6 +1071,7 @@ def why_not_compress(
     if is_compressed(module): return 'it is compressed already'
     if type(module) not in compressed_types:
         return f'it is a {type(module).__name__}, not exactly one of {", ".join(t.__name__ for t in compressed_types)}'
+    if added := _added(module): return added
     if not isinstance(module._parameters.get('weight'), nn.Parameter): return 'its weight is computed from other parameters'
     own = set(module._parameters) | set(module._buffers)
     if own - {'weight','bias','weight_mask','weight_sparsity'}: return f'it has tensors of its own: {", ".join(sorted(own))}'
@@ -1037,10 +1102,14 @@ def compress(
     if is_compressed(module):
         if mask is None: return module
         mask = check_mask(mask, module.weight_shape)
-        expand(module)
+        return _compress(expand(module), mask)
     why = why_not_compress(module) if name == 'weight' else f'its parameter {name!r} is not `weight`'
     if why: raise TypeError(f'cannot compress this {type(module).__name__}: {why}')
-    w,mask = module.weight,mask_of(module, mask)
+    return _compress(module, mask_of(module, mask))
+
+@torch.no_grad()
+def _compress(module, mask):
+    w = module.weight
     index = active_index(mask)
     structure = csr_from_index(index, mask.shape[0], prod(mask.shape[1:]))
     small = [None if t is None else t.detach().reshape(-1).index_select(0, index) for t in (w, w.grad)]
@@ -1127,12 +1196,14 @@ def measure_layer(
         return interleaved_ms(steps, reps)
 
 # %% ../nbs/05_layers.ipynb #1bcbd2a9
+@torch.inference_mode(False)
 def sparsify_conv2d_auto(
     conv:nn.Conv2d,
     input_shape:tuple, # (batch, channels, height, width)
     verbose:bool=False, # Print what was measured?
 ) -> SparseConv2d:
     "The sparse twin of `conv` with the layout that is faster for this input."
+    if not isinstance(conv, nn.Conv2d): raise TypeError(f'sparsify_conv2d_auto takes an nn.Conv2d, not {type(conv).__name__}')
     twins = {v: SparseConv2d.from_dense(conv, v) for v in (True, False)}
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         ms = interleaved_ms({v: training_step(m, torch.randn(input_shape, dtype=conv.weight.dtype)) for v,m in twins.items()})
@@ -1162,32 +1233,57 @@ def layer_inputs(
     inputs,     # Tensor, tuple (positional) or dict (by name)
 ) -> dict: # Layer → Counter of (input shape, does it require a gradient)
     "Run the model once, in eval mode and without changing it, and see what arrives at each layer."
-    seen,modes = {m: Counter() for m in layers},{m: m.training for m in model.modules()}
+    seen = {m: Counter() for m in layers}
     def look(m, args, kwargs):
         x = args[0] if args else kwargs['input']
         seen[m][tuple(x.shape), x.requires_grad] += 1
     hooks = [m.register_forward_pre_hook(look, with_kwargs=True) for m in layers]
     try:
-        model.eval()
-        with torch.enable_grad():
-            if isinstance(inputs, Mapping): model(**inputs)
-            else: model(*(inputs if isinstance(inputs, (tuple,list)) else (inputs,)))
+        with _in_eval(model), torch.random.fork_rng(devices=[]), torch.enable_grad():
+            if isinstance(inputs, Mapping): model(**{k: _trainable(t) for k,t in inputs.items()})
+            else: model(*map(_trainable, inputs if isinstance(inputs, (tuple,list)) else (inputs,)))
     finally:
         for h in hooks: h.remove()
-        for m,training in modes.items(): m.training = training
     return seen
+
+def _trainable(t):
+    "Autograd keeps no tensors of inference mode."
+    return t.clone() if isinstance(t, Tensor) and t.is_inference() else t
+
+@contextmanager
+def _in_eval(model):
+    "In eval mode; modes and buffers come back after it."
+    modes = {m: m.training for m in model.modules()}
+    buffers = [(m, n, t, t.detach().clone()) for m in modes for n,t in m._buffers.items() if t is not None]
+    try:
+        model.eval()
+        yield
+    finally:
+        _set_modes(modes)
+        for m,n,t,old in buffers:
+            if m._buffers.get(n) is not t: m._buffers[n] = t
+            if t.layout is not torch.strided or t.is_meta or not torch.equal(t, old): t.detach().copy_(old)  # what is written to counts as changed: plans would be built again
+
+def _set_modes(modes):
+    "Through `train`, which layers override to merge or freeze weights. It sets all within too, so outer modules come first, and the second round is for what several hold."
+    for m,training in [*modes.items()]*2:
+        if m.training != training: m.train(training)
+    for m,training in modes.items(): m.training = training  # where `train` does not do as it is told
 
 # %% ../nbs/05_layers.ipynb #f3c8ad47
 def is_skipped(
     names:list,  # All names under which the model knows the module
     module:nn.Module,
-    skip,        # None, or one or several of: name, pattern such as 'head.*', comma-separated names, type, module
+    skip,        # None, or one or several of: name, pattern such as 'head.*', comma-separated names, type, module; a container is all in it
+    around:Sequence=(), # Modules that it is in
 ) -> Optional[str]: # What it matched, None if nothing
     "Does the user want this module left alone?"
     for s in _skip_list(skip):
-        if isinstance(s, str) and any(fnmatch(n, s) for n in names): return f'name matches {s!r}'
+        if isinstance(s, str) and any(fnmatch(n, s) or n.startswith(f'{s}.') for n in names): return f'name matches {s!r}'
         if isinstance(s, type) and isinstance(module, s): return f'it is a {s.__name__}'
+        if isinstance(s, type) and any(isinstance(m, s) for m in around): return f'it is in a {s.__name__}'
         if s is module: return 'it was given'
+        if any(s is m for m in around): return f'it is in the {type(s).__name__} that was given'
 
 def _skip_list(skip):
     "One or several of a name, type or module, as a list; comma-separated names taken apart."
@@ -1209,19 +1305,28 @@ def _places(model):
     return layers,owners
 
 def _skips(model, skip):
-    "First name → why, for the layers that the user wants left alone. Raises `ValueError` on a name that no layer has."
+    "First name → why, for the layers that the user wants left alone. Raises `ValueError` on what matches no layer."
     skip = _skip_list(skip)
+    if not skip: return {}
     layers,_ = _places(model)
-    names = [n for ns in layers.values() for n in ns]
-    unused = [s for s in skip if isinstance(s, str) and not any(fnmatch(n, s) for n in names)]
-    if unused: raise ValueError(f'skip_modules: {unused} matches no layer. The layers are: {", ".join(names)}')
-    hits = {ns[0]: is_skipped(ns, m, skip) for m,ns in layers.items()}
+    around = {m: [a for n in ns for a in _around(model, n)] for m,ns in layers.items()}
+    unused = [s for s in skip if not any(is_skipped(ns, m, [s], around[m]) for m,ns in layers.items())]
+    if unused:
+        unused = [f'this {type(s).__name__}' if isinstance(s, nn.Module) else s for s in unused]
+        raise ValueError(f'skip_modules: {unused} matches no layer. The layers are: {", ".join(n for ns in layers.values() for n in ns)}')
+    hits = {ns[0]: is_skipped(ns, m, skip, around[m]) for m,ns in layers.items()}
     return {n: f'skipped: {hit}' for n,hit in hits.items() if hit}
+
+def _around(model, name):
+    "The modules of `model` that hold the one of this name, itself first."
+    parts = name.split('.') if name else []
+    return [model.get_submodule('.'.join(parts[:i])) for i in range(len(parts))]
 
 def _why_keep(m, owners, threshold):
     "Why a layer stays dense, as far as can be said without measuring."
     why = why_not_compress(m)
     if why and not _pruned(m): return why
+    if not all(_keeps_mask(h) for d in _state_hook_dicts for h in getattr(m, d).values()): return 'it has hooks on its state_dict, made for a dense weight'
     tied = [n for o,n in owners.get(m._parameters.get('weight_orig', m.weight), {}).items() if o is not m]
     if tied: return f'its weight is tied to {tied[0] or "a parameter of the model itself"}'
     s = layer_sparsity(m)
@@ -1230,9 +1335,11 @@ def _why_keep(m, owners, threshold):
     if _no_kernels: return _no_kernels
     if m.weight.dtype not in (torch.float32, torch.bfloat16): return f'dtype {m.weight.dtype}: the kernels compute in float32 and bfloat16'
 
+_state_hook_dicts = ('_state_dict_hooks', '_state_dict_pre_hooks', '_load_state_dict_pre_hooks', '_load_state_dict_post_hooks')
+
 def _pruned(m):
     "Was it pruned by `torch.nn.utils.prune`, and nothing else?"
-    return type(m) in compressed_types and set(m._parameters) | set(m._buffers) == {'weight_orig','bias','weight_mask'}
+    return type(m) in compressed_types and not _added(m) and set(m._parameters) | set(m._buffers) == {'weight_orig','bias','weight_mask'}
 
 def layer_sparsity(
     m:nn.Module, # Dense, masked or not
@@ -1245,12 +1352,14 @@ def layer_sparsity(
 _hook_dicts = ('_forward_hooks', '_forward_hooks_with_kwargs', '_forward_hooks_always_called', '_forward_pre_hooks',
                '_forward_pre_hooks_with_kwargs', '_backward_hooks', '_backward_pre_hooks')
 
+def _keeps_mask(hook): return type(hook).__name__ == 'MaskHook' or isinstance(hook, BasePruningMethod)
+
 def carry_hooks(
     old:nn.Module,
     new:nn.Module,
 ):
     "Give `new` the hooks of `old`, but for those that keep a mask."
-    drop = [k for k,h in old._forward_pre_hooks.items() if type(h).__name__ == 'MaskHook' or isinstance(h, BasePruningMethod)]
+    drop = [k for k,h in old._forward_pre_hooks.items() if _keeps_mask(h)]
     for k in drop: del old._forward_pre_hooks[k]
     for d in (*_hook_dicts, '_is_full_backward_hook'): setattr(new, d, getattr(old, d))  # the same dicts: their handles can still remove
 
@@ -1283,6 +1392,7 @@ def _decide(m, shapes, only_if_faster):
     return sparse if s < d or not only_if_faster else None, d, s, f'{d/s:.2f}× the speed of dense{_dtype_note(m.weight)}'
 
 # %% ../nbs/05_layers.ipynb #65359b9c
+@torch.inference_mode(False)  # what is made in inference mode could not be trained
 def swap_modules_with_sparse(
     model:nn.Module,
     input_shape:tuple=None,     # Shape of one real batch, batch size included; a list of shapes for several inputs
@@ -1297,6 +1407,7 @@ def swap_modules_with_sparse(
     if input_shape is None and example_inputs is None and only_if_faster:
         raise ValueError('give input_shape= or example_inputs= to measure on, or only_if_faster=False to swap without measuring')
     if not isinstance(model, nn.Module): raise TypeError(f'swap_modules_with_sparse takes an nn.Module, such as `learn.model`, not {type(model).__name__}')
+    check_share('threshold', threshold)
     skips = _skips(model, skip_modules)  # modules given by themselves are found before the copy
     if not inplace: model = _copy(model)
     layers,owners = _places(model)
@@ -1304,12 +1415,14 @@ def swap_modules_with_sparse(
     candidates = [m for m in layers if keep[m] is None]
     inputs = example_inputs if example_inputs is not None else _random_inputs(input_shape, next((p.dtype for p in model.parameters() if p.is_floating_point()), None))
     seen = layer_inputs(model, candidates, inputs) if candidates and inputs is not None else {}
-    report = SwapReport()
+    report,twins = SwapReport(),{}
     for m,names in layers.items():
-        new,dense_ms,sparse_ms,why = (None,None,None,keep[m]) if keep[m] else _decide(m, seen.get(m), only_if_faster)
-        report.append(_row(m, names, seen.get(m), dense_ms, sparse_ms, new, why))
-        if new is not None: model = _replace(model, names, new, m)
-    leave_fused_path(model)
+        twins[m],dense_ms,sparse_ms,why = (None,None,None,keep[m]) if keep[m] else _decide(m, seen.get(m), only_if_faster)
+        report.append(_row(m, names, seen.get(m), dense_ms, sparse_ms, twins[m], why))
+    with hold_interrupts():  # all or none: what fails while measuring leaves the model as it was
+        for m,new in twins.items():
+            if new is not None: model = _replace(model, layers[m], new, m)
+        leave_fused_path(model)
     if verbose: print(report)
     return model, report
 

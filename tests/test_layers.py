@@ -1307,3 +1307,167 @@ def test_a_weight_tied_to_the_model_itself_says_so():
     m = nn.ModuleDict(dict(dec=masked(nn.Linear(8, 6), .1)))
     m.table = m['dec'].weight
     assert 'tied to a parameter of the model' in swap_modules_with_sparse(m, only_if_faster=False)[1][0]['why']
+
+@needs_kernels
+@pytest.mark.parametrize('form', ['sparse', 'compressed'])
+def test_type_leaves_the_structure_alone(form):
+    m = masked(nn.Linear(300, 400), .05)
+    m = nn.Sequential(SparseLinear.from_dense(m) if form == 'sparse' else compress(m))
+    before = {n: b.clone() for n,b in m.named_buffers()}
+    m.type(torch.bfloat16)
+    assert m[0].weight.dtype is torch.bfloat16 and all(torch.equal(b, before[n]) and b.dtype is before[n].dtype for n,b in m.named_buffers())
+    m(torch.randn(2, 300).bfloat16())
+
+@needs_kernels
+def test_an_averaged_structure_says_what_averaged_it():
+    m = SparseLinear(350, 40, sparsity=.5, generator=torch.Generator().manual_seed(0))
+    m.indices.copy_(m.indices*.95 + m.indices*.05)
+    m.indices[1] = m.indices[0]
+    with pytest.raises(ValueError, match='use_buffers=False'): m(torch.randn(2, 350))
+
+@pytest.mark.parametrize('how', [lambda m: nn.utils.prune.random_unstructured(m, 'weight', .5), nn.utils.parametrizations.weight_norm,
+                                 nn.utils.weight_norm], ids=['prune', 'parametrization', 'weight_norm'])
+@pytest.mark.filterwarnings('ignore:.*weight_norm')
+def test_computed_weights_load_their_own_state(how):
+    def make(seed): return how(SparseLinear(20, 12, sparsity=.5, generator=torch.Generator().manual_seed(seed)))
+    a,b,other = make(0),make(0),make(1)
+    with torch.no_grad(): [p.add_(1) for p in a.parameters()]
+    b.load_state_dict(a.state_dict())
+    x = torch.randn(3, 20)
+    assert torch.equal(a(x), b(x))
+    with pytest.raises(RuntimeError, match='another structure'): other.load_state_dict(a.state_dict())
+
+def test_a_dense_checkpoint_says_what_to_do():
+    with pytest.raises(RuntimeError, match='from_dense'): SparseLinear(20, 12, sparsity=.5).load_state_dict(nn.Linear(20, 12).state_dict())
+
+def test_measuring_leaves_modes_buffers_and_random_numbers_alone():
+    class Merged(nn.Linear):
+        merged = False
+        def train(self, mode=True):
+            self.merged = not mode
+            return super().train(mode)
+    class Counts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer('n', torch.zeros(()))
+        def forward(self, x):
+            self.n += 1
+            return x + torch.rand(())
+    lin = Merged(4, 4)
+    m = nn.Sequential(nn.Sequential(lin, nn.BatchNorm1d(4).eval()), Counts(), Merged(4, 4).eval(), nn.Sequential(lin))
+    modes,n,rng = [l.training for l in m.modules()],m[1].n,torch.get_rng_state()
+    layer_inputs(m, [lin], torch.randn(3, 4, generator=torch.Generator()))
+    assert [l.training for l in m.modules()] == modes and not lin.merged and m[2].merged
+    assert m[1].n is n and n == 0 and torch.equal(torch.get_rng_state(), rng)
+
+@needs_kernels
+@pytest.mark.parametrize('skip', ['0', nn.ModuleList, 'module'])
+def test_skipping_a_container_skips_all_within(skip):
+    m = nn.Sequential(nn.ModuleList([masked(nn.Linear(8, 8), .1)]), masked(nn.Linear(8, 8), .1))
+    _,report = swap_modules_with_sparse(m, only_if_faster=False, skip_modules=m[0] if skip == 'module' else skip)
+    assert [r['chosen'] for r in report] == ['dense', 'sparse'] and 'skipped' in report[0]['why']
+
+@pytest.mark.parametrize('skip', [nn.Linear(8, 8), nn.Conv2d, nn.ReLU(), [nn.Linear, nn.Bilinear]])
+def test_skipping_what_matches_no_layer_raises(skip):
+    with pytest.raises(ValueError, match='matches no layer'): swap_modules_with_sparse(nn.Sequential(nn.Linear(8, 8), nn.ReLU()), (2,8), skip_modules=skip)
+
+@needs_kernels
+@pytest.mark.parametrize('pruned', [False, True])
+def test_layers_that_were_added_to_stay_dense(pruned):
+    def own_forward(l):
+        f = l.forward
+        l.forward = lambda x: 2*f(x)
+    for add in (own_forward, lambda l: l.add_module('lora', nn.Linear(8, 2))):
+        l = masked(nn.Linear(8, 8), .1)
+        if pruned: nn.utils.prune.custom_from_mask(l := nn.Linear(8, 8), 'weight', rand_mask((8,8), .1))
+        add(l)
+        _,report = swap_modules_with_sparse(nn.Sequential(l), only_if_faster=False)
+        assert report[0]['chosen'] == 'dense' and 'of its own' in report[0]['why']
+        with pytest.raises(TypeError, match='of its own'): compress(l)
+
+def test_a_forward_replaced_on_a_compressed_layer_does_not_hinder_loading():
+    l = compress(masked(nn.Linear(8, 8), .3))
+    f,sd = l.forward,l.state_dict()
+    l.forward = lambda x: 2*f(x)
+    l.load_state_dict(sd)
+    assert is_compressed(l) and torch.equal(l(x := torch.randn(2, 8)), 2*f(x))
+
+@needs_kernels
+@pytest.mark.parametrize('add', [lambda l: l.register_state_dict_post_hook(lambda *a: None), lambda l: l.register_state_dict_pre_hook(lambda *a: None),
+                                 lambda l: l.register_load_state_dict_pre_hook(lambda *a: None), lambda l: l.register_load_state_dict_post_hook(lambda *a: None)])
+def test_layers_with_hooks_on_their_state_stay_dense(add):
+    add(l := masked(nn.Linear(8, 8), .1))
+    assert 'state_dict' in swap_modules_with_sparse(nn.Sequential(l), only_if_faster=False)[1][0]['why']
+
+def test_set_structure_changes_nothing_if_gradient_or_values_do_not_fit():
+    m = SparseLinear(8, 4, sparsity=.5)
+    before,w = state_of(m),torch.ones(4)
+    indptr,indices = torch.arange(5),torch.arange(4)
+    for kw in (dict(values=w[:,None]), dict(values=w, grad=torch.ones(3)), dict(grad=w[:,None])):
+        with pytest.raises(ValueError, match=r'expected \(4,\)'): m.set_structure(indptr, indices, **kw)
+        assert all(torch.equal(v, before[k]) for k,v in m.state_dict().items())
+    m.set_structure(indptr, indices, w, w)
+    w.zero_()
+    assert m.weight.all() and m.weight.grad.all()
+
+def state_of(m): return {k: v.clone() for k,v in m.state_dict().items()}
+
+@needs_kernels
+@pytest.mark.parametrize('m', both(), ids=['Linear', 'Conv2d'])
+def test_batches_of_gradients(m):
+    d,x = m.to_dense(),input_of(m)
+    for frozen in (False, True):
+        for l in (m, d): l.weight.requires_grad_(not frozen)
+        jac = [torch.autograd.functional.jacobian(l, x, vectorize=True) for l in (m, d)]
+        torch.testing.assert_close(*jac, rtol=1e-4, atol=1e-5)
+    def grads(l):
+        y = l(x)
+        return torch.autograd.grad(y, list(l.parameters()), torch.ones(2, *y.shape), is_grads_batched=True)
+    for l in (m, d): l.weight.requires_grad_(True)
+    (gw,gb),(dw,db) = grads(m),grads(d)
+    torch.testing.assert_close(gw, dw[:, m.mask], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(gb, db)
+
+@needs_kernels
+def test_swapping_in_inference_mode():
+    m = nn.Sequential(masked(nn.Linear(64, 64), .05))
+    with torch.inference_mode():
+        x = torch.randn(4, 64)
+        fast,_ = swap_modules_with_sparse(m, example_inputs=x)
+        swap_modules_with_sparse(m, (4,64))
+        assert sparsify_conv2d_auto(masked(nn.Conv2d(3, 5, 3), .3), (2,3,6,6)).weight.requires_grad
+        torch.testing.assert_close(fast(x), m(x))
+    assert not any(p.is_inference() for p in fast.parameters())
+
+def test_a_default_device_holds_the_structure_too():
+    with torch.device('meta'): m = SparseLinear(1000, 1000, sparsity=.99)
+    assert {t.device.type for t in m.state_dict().values()} == {'meta'} and m.nnz == 10000
+    m.to_empty(device='cpu').load_state_dict((other := SparseLinear(1000, 1000, sparsity=.99)).state_dict())
+    assert torch.equal(m(x := torch.randn(2, 1000)), other(x))
+
+def test_wrong_arguments_say_what_is_expected():
+    with pytest.raises(TypeError, match='expand'): SparseLinear.from_dense(compress(nn.Linear(20, 12)))
+    with pytest.raises(TypeError, match='to_dense'): SparseLinear.from_dense(SparseLinear(20, 12, sparsity=.5))
+    with pytest.raises(ValueError, match="share of zeros in 0…1, got '0.5'"): SparseLinear(10, 10, sparsity='0.5')
+    with pytest.raises(ValueError, match='threshold is a share of zeros'): swap_modules_with_sparse(nn.Sequential(nn.Linear(8, 8)), (2,8), threshold=80)
+    with pytest.raises(TypeError, match='takes an nn.Conv2d, not Linear'): sparsify_conv2d_auto(nn.Linear(8, 8), (2,8))
+
+@pytest.mark.parametrize('layout', ['to_sparse', 'to_sparse_csr'])
+@pytest.mark.filterwarnings('ignore:Sparse CSR')
+def test_inputs_of_sparse_layout(layout):
+    m = SparseLinear(20, 12, sparsity=.5)
+    x = torch.randn(3, 20).relu()
+    for l in (m, compress(m.to_dense())):
+        y = l(getattr(x, layout)())
+        torch.testing.assert_close(y, m(x))
+        l.weight.grad = None
+        y.sum().backward()
+        torch.testing.assert_close(l.weight.grad, x.sum(0).expand(12, 20)[m.mask])
+
+@needs_kernels
+def test_what_fails_while_measuring_leaves_all_layers_dense(monkeypatch):
+    n = iter(range(9))
+    monkeypatch.setattr(L, 'measure_layer', lambda *a, **k: dict(sparse=.5, dense=1/(1-next(n))))
+    m = net()
+    with pytest.raises(ZeroDivisionError): swap_modules_with_sparse(m, (4,3,12,12), inplace=True)
+    assert type(m[3]) is nn.Conv2d and type(m[7]) is nn.Linear
