@@ -492,6 +492,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'fastsparse.layers._give_back': ('layers.html#_give_back', 'fastsparse/layers.py'),
                                    'fastsparse.layers._in_eval': ('layers.html#_in_eval', 'fastsparse/layers.py'),
                                    'fastsparse.layers._init_sparse': ('layers.html#_init_sparse', 'fastsparse/layers.py'),
+                                   'fastsparse.layers._is_batch': ('layers.html#_is_batch', 'fastsparse/layers.py'),
                                    'fastsparse.layers._is_trained': ('layers.html#_is_trained', 'fastsparse/layers.py'),
                                    'fastsparse.layers._keeps_mask': ('layers.html#_keeps_mask', 'fastsparse/layers.py'),
                                    'fastsparse.layers._linear_backward': ('layers.html#_linear_backward', 'fastsparse/layers.py'),

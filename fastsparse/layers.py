@@ -295,6 +295,10 @@ def _survives(plan, kernel, *args, mark='broken'):
         say_once(f'a kernel failed: {e}')
     return not getattr(plan, mark)
 
+def _is_batch(dy):
+    "Is it a batch of gradients in one tensor, as with `is_grads_batched`?"
+    return dy is not None and torch._C._functorch.is_legacy_batchedtensor(dy)
+
 def _dense_backward(geom, plan, x, dy, values, x_shape, need_x, need_v, v_dtype):
     "`run_backward` by PyTorch's dense operators."
     def zeros(shape, dtype): return torch.zeros(shape, dtype=dtype, device=dy.device)  # dy.new_zeros would make batches of them from a batch of gradients
@@ -345,7 +349,7 @@ def run_backward(
         ok = _survives(plan, plan.backward, geom.batched(x) if need_v else None, geom.batched(dy), _values(plan, values) if need_x else None,
                        geom.batched(dx) if need_x else None, dv, None, _dtype(dy), *(() if db is None else (db,)))
     except TypeError:  # a batch of gradients in one tensor has no memory to read; to ask before takes time in each call
-        if not torch._C._functorch.is_legacy_batchedtensor(dy): raise
+        if not _is_batch(dy): raise
         ok = say_once('a batch of gradients at once, as by is_grads_batched')
     if not ok: (dx,dv),db = _dense_backward(geom, plan, x, dy, values, x_shape, need_x, need_v, v_dtype),None
     return dx, dv, geom.bias_grad(dy, b_dtype or dy.dtype) if need_b and db is None else db
@@ -361,16 +365,18 @@ def differentiable_once(
     def _f(ctx, *grads):
         saved = ctx.saved_tensors
         if not torch.is_grad_enabled(): return backward(ctx, saved, *grads)
+        if any(map(_is_batch, grads)): raise RuntimeError(_once)  # nothing that tells later can be put around these
         with torch.no_grad(): outs = backward(ctx, saved, *grads)
         outs = outs if isinstance(outs, tuple) else (outs,)
         found = [o.detach().requires_grad_() for o in outs if o is not None]
         on = [t for t in (*grads, *saved, *getattr(ctx, 'params', ())) if t is not None and t.requires_grad]
-        told = _Told('trying to differentiate twice a sparse layer or a layer beside one, which can be differentiated once only (once_differentiable)', len(found)+len(on))(*found, *on)
+        told = _Told(_once, len(found)+len(on))(*found, *on)
         told = iter(told if isinstance(told, tuple) else (told,))
         return tuple(None if o is None else next(told) for o in outs)
     return _f
 
 _Told = torch._C._functions.DelayedError
+_once = 'trying to differentiate twice a sparse layer or a layer beside one, which can be differentiated once only (once_differentiable)'
 
 class SparseFunction(Function):
     "A sparse layer as one node of the autograd graph."
@@ -1318,7 +1324,7 @@ def _skips(model, skip):
     return {n: f'skipped: {hit}' for n,hit in hits.items() if hit}
 
 def _around(model, name):
-    "The modules of `model` that hold the one of this name, itself first."
+    "The modules that hold the one of this name, `model` first."
     parts = name.split('.') if name else []
     return [model.get_submodule('.'.join(parts[:i])) for i in range(len(parts))]
 

@@ -1427,6 +1427,7 @@ def test_batches_of_gradients(m):
     (gw,gb),(dw,db) = grads(m),grads(d)
     torch.testing.assert_close(gw, dw[:, m.mask], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(gb, db)
+    with pytest.raises(RuntimeError, match='once_differentiable'): torch.autograd.functional.jacobian(m, x, vectorize=True, create_graph=True)
 
 @needs_kernels
 def test_swapping_in_inference_mode():
