@@ -1311,12 +1311,12 @@ def _places(model):
     return layers,owners
 
 def _skips(model, skip):
-    "First name → why, for the layers that the user wants left alone. Raises `ValueError` on what matches no layer."
+    "First name → why, for the layers that the user wants left alone. Raises `ValueError` on a name or a module that matches no layer."
     skip = _skip_list(skip)
     if not skip: return {}
     layers,_ = _places(model)
     around = {m: [a for n in ns for a in _around(model, n)] for m,ns in layers.items()}
-    unused = [s for s in skip if not any(is_skipped(ns, m, [s], around[m]) for m,ns in layers.items())]
+    unused = [s for s in skip if not isinstance(s, type) and not any(is_skipped(ns, m, [s], around[m]) for m,ns in layers.items())]
     if unused:
         unused = [f'this {type(s).__name__}' if isinstance(s, nn.Module) else s for s in unused]
         raise ValueError(f'skip_modules: {unused} matches no layer. The layers are: {", ".join(n for ns in layers.values() for n in ns)}')
