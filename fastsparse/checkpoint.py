@@ -6,7 +6,7 @@
 __all__ = ['load_sparse_state', 'load_sparse_model', 'save_checkpoint', 'CheckpointCallback', 'ResumeCallback']
 
 # %% ../nbs/09_checkpoint.ipynb #a177b70b
-import os, random
+import io, os, random, re
 from pathlib import Path
 import numpy as np
 import torch
@@ -14,29 +14,38 @@ from torch import nn
 from fastcore.basics import patch
 from fastcore.foundation import L
 from fastai.callback.core import Callback, CancelBatchException, CancelEpochException
-from fastai.callback.progress import ProgressCallback
+from fastai.callback.progress import CSVLogger, ProgressCallback, ShowGraphCallback
 from fastai.callback.tracker import TrackerCallback
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import Learner, Recorder
 from fastai.torch_core import TensorBase
 
+from .callback import DynamicSparseTrainingCallback, only_validates
 from .large import large_layers
 from .layers import scatter
 from .training import expand_model, param_compressed
 from .topology import SparseHooks, add_mask_hooks, apply_masks, sparse_params
 
 # %% ../nbs/09_checkpoint.ipynb #70950dcf
+def _load_plain(f, device):
+    "`torch.load` of plain data: nothing else is unpickled."
+    core = getattr(np, '_core', None) or np.core      # numpy 2, numpy 1
+    safe = [L, TensorBase, core.multiarray.scalar, core.multiarray._reconstruct, np.ndarray, np.dtype, *[getattr(np.dtypes, o) for o in np.dtypes.__all__]]
+    with torch.serialization.safe_globals(safe): return torch.load(f, map_location=device, weights_only=True)
+
+def _why_not(e):
+    "What torch found in a file, without its advice to unpickle whatever is there."
+    found = re.search(r'WeightsUnpickler error:\s*(.+?)(\. Please|\n|$)', str(e))
+    return found[1] if found else str(e).split('\n')[0] or type(e).__name__
+
 def _load_file(path, device):
-    "What fastai or torch saved at `path`, tried with `.pth` too; nothing but plain data is unpickled. Raises `ValueError` if that isn't what the file holds."
+    "What fastai or torch saved at `path`, tried with `.pth` too. Raises `ValueError` if that isn't what the file holds."
     path = Path(path)
     if not path.exists() and path.with_name(path.name + '.pth').exists(): path = path.with_name(path.name + '.pth')
-    core = getattr(np, '_core', None) or np.core      # numpy 2, numpy 1
-    safe = [L, TensorBase, core.multiarray.scalar, np.dtype, *[getattr(np.dtypes, o) for o in np.dtypes.__all__]]
-    try:
-        with torch.serialization.safe_globals(safe): return torch.load(path, map_location=device, weights_only=True)
+    try: return _load_plain(path, device)
     except Exception as e:      # a damaged file may raise any
         if isinstance(e, OSError) and e.filename is not None: raise      # of the file itself, such as a missing one
-        raise ValueError(f"{path} can't be read: {str(e) or type(e).__name__}") from e
+        raise ValueError(f"{path} can't be read: expected a file that `learn.save`, `save_model` or `CheckpointCallback` wrote, complete ({_why_not(e)}).") from None
 
 # %% ../nbs/09_checkpoint.ipynb #2c7a07a2
 def _file_masks(state):
@@ -109,12 +118,19 @@ def load(self:Learner, file, device=None, **kwargs):
 Learner.load._without_masks = _learner_load
 
 # %% ../nbs/09_checkpoint.ipynb #c1fbe660
+def _generators(dl):
+    "The generators of its own that torch's `DataLoader` draws from."
+    owners = dl, getattr(dl, 'sampler', None), getattr(getattr(dl, 'batch_sampler', None), 'sampler', None)
+    gs = [getattr(o, 'generator', None) for o in owners]
+    return list({id(g): g for g in gs if isinstance(g, torch.Generator)}.values())
+
 def _rng_state(dls):
     "Every generator that training draws from."
     kind,keys,*rest = np.random.get_state()
     return dict(python=random.getstate(), numpy=[kind, torch.from_numpy(keys.astype(np.int64)), *rest], torch=torch.get_rng_state(),
                 cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-                loaders=[dl.rng.getstate() if hasattr(dl, 'rng') else None for dl in dls.loaders])
+                loaders=[dl.rng.getstate() if hasattr(dl, 'rng') else None for dl in dls.loaders],
+                generators=[[g.get_state() for g in _generators(dl)] for dl in dls.loaders])
 
 # %% ../nbs/09_checkpoint.ipynb #b1d1c32e
 def _tuples(o): return tuple(map(_tuples, o)) if isinstance(o, (list,tuple)) else o
@@ -127,9 +143,11 @@ def _set_rng_state(s, dls):
     if s['cuda'] and torch.cuda.is_available(): torch.cuda.set_rng_state_all([o.cpu() for o in s['cuda']])
     for dl,r in zip(dls.loaders, s['loaders']):
         if r is not None: dl.rng.setstate(_tuples(r))
+    for dl,states in zip(dls.loaders, s.get('generators', [])):      # older checkpoints have none
+        for g,o in zip(_generators(dl), states): g.set_state(o.cpu())
 
 # %% ../nbs/09_checkpoint.ipynb #fe1408f1
-_carried = {GradientAccumulation: ('count',), TrackerCallback: ('best', 'wait'), Recorder: ('values', 'iters')}
+_carried = {GradientAccumulation: ('count',), TrackerCallback: ('best', 'wait'), Recorder: ('values', 'iters'), ShowGraphCallback: ('nb_batches',)}
 
 def _cb_state(cb):
     if hasattr(type(cb), 'state_dict'): return cb.state_dict()
@@ -140,6 +158,33 @@ def _set_cb_state(cb, s):
     if hasattr(type(cb), 'load_state_dict'): cb.load_state_dict(s)
     else: vars(cb).update(s)
 
+def _by_name(learn):
+    "Callbacks under their names, which several of one class share."
+    res = {}
+    for cb in learn.cbs: res.setdefault(cb.name, []).append(cb)
+    return res
+
+def _without_tensors(o):
+    "The rest of a callback's state: tensors are large, and can always be read."
+    if type(o) in (torch.Tensor, TensorBase): return None
+    if isinstance(o, dict): return {k: _without_tensors(v) for k,v in o.items()}
+    return [_without_tensors(v) for v in o] if isinstance(o, (list,tuple,L)) else o
+
+def _readable_state(cb):
+    "The callback's state. Raises `ValueError` if a file with it could not be read back."
+    state,f = _cb_state(cb),io.BytesIO()
+    if not state: return state
+    try:
+        torch.save(_without_tensors(state), f)
+        f.seek(0)
+        _load_plain(f, 'cpu')
+    except Exception as e: raise ValueError(f"the state of {type(cb).__name__} can't go into a checkpoint: it holds more than tensors, arrays, numbers, text, lists and dicts ({_why_not(e)}).") from None
+    return state
+
+def _saved_states(state):
+    "The file's states of callbacks, a list for each name; older checkpoints have one for each."
+    return {k: v if isinstance(v, list) else [v] for k,v in state['cbs'].items()}
+
 # %% ../nbs/09_checkpoint.ipynb #695a6c5b
 def _grads(model):
     "Accumulated gradients in parameter order, dense whichever way a layer is stored."
@@ -147,6 +192,16 @@ def _grads(model):
     return [scatter(p.grad, masks[id(p)]) if p.grad is not None and id(p) in masks else p.grad for p in model.parameters()]
 
 # %% ../nbs/09_checkpoint.ipynb #3ec2785f
+def _smooth_losses(learn): return [cb.smooth_loss for cb in learn.cbs if isinstance(cb, Recorder)]
+
+def _frozen(model): return [not p.requires_grad for p in model.parameters()]
+
+def _fits(learn):
+    "How many fits of this learner have ended that kept a checkpoint at each path: `fine_tune` is two at one path."
+    return vars(learn).setdefault('_checkpointed_fits', {})
+
+def _key(path): return str(Path(path).resolve())
+
 def save_checkpoint(
     path,                # File to write; it is replaced only once the new one is complete
     learn,               # A learner in training
@@ -155,11 +210,11 @@ def save_checkpoint(
     epoch_rng:dict=None, # Generators as they were when that epoch began; needed if `n_done`
 ):
     "Write all that the rest of the run depends on."
-    rec = learn.recorder.smooth_loss
     state = dict(model=learn.model.state_dict(), opt=learn.opt.state_dict(), epoch=epoch, n_done=n_done, n_epoch=learn.n_epoch,
                  n_batches=len(learn.dls.train), train_iter=learn.train_iter, rng=_rng_state(learn.dls), epoch_rng=epoch_rng,
-                 cbs={cb.name: _cb_state(cb) for cb in learn.cbs}, smooth_loss=[rec.count, rec.val],
-                 grads=_grads(learn.model),
+                 cbs={name: [_readable_state(cb) for cb in cbs] for name,cbs in _by_name(learn).items()},
+                 smooth_loss=[o for m in _smooth_losses(learn)[:1] for o in (m.count, m.val)],
+                 fit=_fits(learn).get(_key(path), 0), frozen=_frozen(learn.model), grads=_grads(learn.model),
                  scaler=learn.scaler.state_dict() if getattr(learn, 'scaler', None) else None)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -168,24 +223,46 @@ def save_checkpoint(
     os.replace(part, path)
 
 # %% ../nbs/09_checkpoint.ipynb #f4146832
+def _no_fit(learn):
+    "Does fastai only validate, or try learning rates?"
+    return only_validates(learn) or hasattr(learn, 'lr_finder')
+
+def _within_update(learn):
+    "Is a step in the making that will update connectivity? What its batches have gathered for it is in no checkpoint."
+    return (any(isinstance(cb, GradientAccumulation) and cb.count for cb in learn.cbs)
+            and any(isinstance(cb, DynamicSparseTrainingCallback) and cb.wants_dense_grad for cb in learn.cbs))
+
 class CheckpointCallback(Callback):
-    "Write a checkpoint at every epoch's end and, if asked, every so many batches, for `ResumeCallback`."
+    """Write a checkpoint at every epoch's end and, if asked, every so many batches, for `ResumeCallback`.
+    Where batches are accumulated to a step that updates connectivity, it is written after the step."""
     order,run_valid = 99,False
     def __init__(self,
         path,                    # File to write, relative to the working directory
         every_batches:int=None,  # Also after every so many batches of an epoch
     ): self.path,self.every_batches = path,every_batches
 
-    def before_fit(self): self.run = not (self.learn.lock.locked() or hasattr(self.learn, 'lr_finder'))      # not for validation, nor trials
+    def before_fit(self):
+        self.run,self.owed,self.n_before = not _no_fit(self.learn),False,_fits(self.learn).get(_key(self.path), 0)
     def before_train(self): self.epoch_rng = _rng_state(self.learn.dls)
     def after_batch(self):
         done = self.learn.iter + 1
-        if self.every_batches and done % self.every_batches == 0: save_checkpoint(self.path, self.learn, self.learn.epoch, done, self.epoch_rng)
-    def after_epoch(self): save_checkpoint(self.path, self.learn, self.learn.epoch+1)
+        if self.owed or (self.every_batches and done % self.every_batches == 0): self._save(self.learn.epoch, done, self.epoch_rng)
+    def after_epoch(self): self._save(self.learn.epoch+1)
+    def after_fit(self): _fits(self.learn)[_key(self.path)] = self.n_before + 1
+
+    def _save(self, epoch, *args):
+        self.owed = epoch < self.learn.n_epoch and _within_update(self.learn)
+        if not self.owed: save_checkpoint(self.path, self.learn, epoch, *args)
 
 # %% ../nbs/09_checkpoint.ipynb #f6f512d6
+def _csv_rows(cb, n):
+    "The first `n` rows that a `CSVLogger`, about to begin its file anew, has written of this run."
+    file = cb.learn.path/cb.fname
+    return file.read_text().splitlines(True)[1:1+n] if file.exists() else []
+
 class ResumeCallback(Callback):
-    "Continue a run from a checkpoint: add it to the same `fit` call. Without a file at `path`, the run starts from the beginning."
+    """Continue a run from a checkpoint: add it to the same `fit` call. Without a file at `path`, the run starts from the beginning.
+    Of several fits with one `path`, as in `fine_tune`, those that the stopped run had finished are passed over."""
     order,run_valid = -20,False
     def __init__(self,
         path, # File written by `CheckpointCallback` or `save_checkpoint`
@@ -193,22 +270,51 @@ class ResumeCallback(Callback):
 
     def before_fit(self):
         "Read the file, and refuse one of another model, number of epochs or batches."
-        if self.learn.lock.locked(): return      # `learn.validate()`
-        self.state = _load_file(self.path, 'cpu') if Path(self.path).exists() else None
-        if self.state is None: return
-        for k,now in (('n_epoch', self.learn.n_epoch), ('n_batches', len(self.learn.dls.train))):
-            if self.state[k] != now: raise ValueError(f"{self.path} is from a run with {k}={self.state[k]}, but this one has {now}.")
-        bad = _misfits(self.learn.model, self.state['model'])
-        if bad: raise ValueError(f"{self.path} does not fit this model:\n  " + '\n  '.join(bad))
+        self.state,self.n_before = None,_fits(self.learn).get(_key(self.path), 0)
+        if _no_fit(self.learn) or not Path(self.path).exists(): return
+        s = _load_file(self.path, 'cpu')
+        if not isinstance(s, dict) or 'n_done' not in s: raise ValueError(f"{self.path} is no checkpoint: expected a file that `CheckpointCallback` or `save_checkpoint` wrote.")
+        n = s.get('fit', 0)
+        if n < self.n_before: return      # of a fit that this learner has finished: a new one begins
+        if n == self.n_before: self._check_fit(s)
+        self._check_learner(s)
+        self.state,self.until = s,s['epoch'] if n == self.n_before else self.learn.n_epoch
+        self.rows = {cb: _csv_rows(cb, s['epoch']) for cb in self.learn.cbs if isinstance(cb, CSVLogger) and not cb.append}
 
-    def _mute(self, on):
+    def _check_fit(self, s):
+        for k,now in (('n_epoch', self.learn.n_epoch), ('n_batches', len(self.learn.dls.train))):
+            if s[k] != now: raise ValueError(f"{self.path} is from a run with {k}={s[k]}, but this one has {now}.")
+        if self.n_before and s['frozen'] != _frozen(self.learn.model):      # `fine_tune` was interrupted in its second fit and is called again
+            raise ValueError(f"{self.path} is from a fit with {sum(s['frozen'])} frozen parameters, but this one has {sum(_frozen(self.learn.model))}: "
+                             "build the learner anew and call the same fits in the same order, or give each fit a path of its own.")
+
+    def _check_learner(self, s):
+        bad = _misfits(self.learn.model, s['model'])
+        if bad: raise ValueError(f"{self.path} does not fit this model:\n  " + '\n  '.join(bad))
+        saved = _saved_states(s)
+        for name,cbs in _by_name(self.learn).items():
+            n = len(saved.get(name, cbs))
+            if n != len(cbs): raise ValueError(f"{self.path} is from a run with {n} of {type(cbs[0]).__name__}, but this one has {len(cbs)}: give the same callbacks in the same order.")
+
+    def _mute(self, on, kinds=(Recorder, TrackerCallback, CheckpointCallback)):
         for cb in self.learn.cbs:
-            if isinstance(cb, (Recorder, ProgressCallback, TrackerCallback, CheckpointCallback)): cb.run = not on
+            if isinstance(cb, kinds): cb.run = not on
+
+    def _start_logs(self):
+        "What would have been shown and written at the beginning of the run."
+        for cb,rows in self.rows.items():
+            cb.file.writelines(rows)
+            cb.file.flush()
+        for cb in self.learn.cbs:
+            if not isinstance(cb, ProgressCallback) or not vars(cb).get('mbar'): continue
+            cb.mbar.update(0)
+            cb.mbar.main_bar.first_its = self.learn.n_epoch      # epochs passed over in no time are no measure for when to draw the next
 
     def before_epoch(self):
         if self.state is None: return
-        self._mute(self.learn.epoch < self.state['epoch'])
-        if self.learn.epoch < self.state['epoch']: raise CancelEpochException()
+        if self.learn.epoch == 0: self._start_logs()
+        self._mute(self.learn.epoch < self.until)
+        if self.learn.epoch < self.until: raise CancelEpochException()
         if self.state['n_done'] == 0: self._restore()
 
     def before_train(self):
@@ -218,20 +324,21 @@ class ResumeCallback(Callback):
 
     def before_batch(self):
         if self.state is not None: raise CancelBatchException()
-        self.learn.recorder.run = True
+        self._mute(False, Recorder)
 
     def after_batch(self):
         if self.state is not None and self.learn.iter + 1 == self.state['n_done']:
             self._restore()
             self.learn.train_iter -= 1             # this batch is about to be counted once more
-            self.learn.recorder.run = False        # and has no loss to record
+            self._mute(True, Recorder)             # and has no loss to record
 
     def after_train(self):
-        if self.state is None: self.learn.recorder.run = True
+        if self.state is None: self._mute(False, Recorder)
 
     def after_fit(self):
         "A run that had finished: its model and optimizer."
-        if self.state is not None and self.state['epoch'] == self.learn.n_epoch: self._restore()
+        if self.state is not None and self.until == self.learn.n_epoch: self._restore()
+        if not _no_fit(self.learn): _fits(self.learn)[_key(self.path)] = self.n_before + 1
 
     def _restore(self):
         "Everything as it was; from here on this callback is idle."
@@ -240,10 +347,11 @@ class ResumeCallback(Callback):
         dev = next(learn.model.parameters()).device
         learn.opt.load_state_dict(_to(s['opt'], dev))
         for p,g in zip(learn.model.parameters(), s['grads']): p.grad = None if g is None else g.to(p.device)
-        for cb in learn.cbs:
-            if cb.name in s['cbs']: _set_cb_state(cb, s['cbs'][cb.name])
-        rec = learn.recorder.smooth_loss
-        rec.count,rec.val = s['smooth_loss']
+        saved = _saved_states(s)
+        for name,cbs in _by_name(learn).items():
+            for cb,o in zip(cbs, saved.get(name, [])): _set_cb_state(cb, o)
+        for m in _smooth_losses(learn):
+            if s['smooth_loss']: m.count,m.val = s['smooth_loss']
         if s['n_done']:
             for cb in learn.cbs.filter(lambda cb: isinstance(cb, CheckpointCallback)): cb.epoch_rng = s['epoch_rng']      # whose epoch began while it was muted
         if s['scaler'] and getattr(learn, 'scaler', None): learn.scaler.load_state_dict(s['scaler'])
