@@ -29,8 +29,8 @@ from .topology import SparseHooks, add_mask_hooks, apply_masks, sparse_params
 # %% ../nbs/09_checkpoint.ipynb #70950dcf
 def _load_plain(f, device):
     "`torch.load` of plain data: nothing else is unpickled."
-    core = getattr(np, '_core', None) or np.core      # numpy 2, numpy 1
-    safe = [L, TensorBase, core.multiarray.scalar, core.multiarray._reconstruct, np.ndarray, np.dtype, *[getattr(np.dtypes, o) for o in np.dtypes.__all__]]
+    numpy = [o.__reduce__()[0] for o in (np.float64(0), np.zeros(0))]      # wherever this version of it has them
+    safe = [L, TensorBase, *numpy, np.ndarray, np.dtype, *[getattr(np.dtypes, o) for o in np.dtypes.__all__]]
     with torch.serialization.safe_globals(safe): return torch.load(f, map_location=device, weights_only=True)
 
 def _why_not(e):
