@@ -28,6 +28,7 @@ from fastai.learner import Learner, save_model
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
 from fastai.torch_core import set_seed
+from fastcore.imports import IN_NOTEBOOK
 import fastsparse
 from .callback import DynamicSparseTrainingCallback, EverActive, RigL_presets, SET_presets, SNFS_presets, SparseKernelsCallback, Sparsity
 from .checkpoint import load_sparse_model
@@ -141,14 +142,17 @@ def npz_data(
 _folders = dict(train=('train','training'), valid=('valid','validation','val','test','testing'))
 
 def _read_images(files):
-    "Greyscale images as one array. Raises `InputError` naming the file that can't be read or has another size."
+    "Images as one array, in colour if any is. Raises `InputError` naming the file that can't be read or has another size."
     from PIL import Image
     def read(f):
-        try: return np.asarray(Image.open(f).convert('L'))
+        try:
+            im = Image.open(f)
+            return np.asarray(im.convert('L' if im.mode in ('1','L','LA','I','I;16','F') else 'RGB'))
         except OSError as e: raise InputError(f"{f} is not a readable image: {e}") from None
     xs = [read(f) for f in files]
-    odd = next((i for i,x in enumerate(xs) if x.shape != xs[0].shape), None)
-    if odd is not None: raise InputError(f"{files[odd]} is {xs[odd].shape}, but {files[0]} is {xs[0].shape}: all images must have one size.")
+    odd = next((i for i,x in enumerate(xs) if x.shape[:2] != xs[0].shape[:2]), None)
+    if odd is not None: raise InputError(f"{files[odd]} is {xs[odd].shape[:2]}, but {files[0]} is {xs[0].shape[:2]}: all images must have one size.")
+    if any(x.ndim == 3 for x in xs): xs = [x if x.ndim == 3 else np.stack([x]*3, -1) for x in xs]
     return np.stack(xs)
 
 # %% ../nbs/12_cli.ipynb #dc689d15
@@ -157,18 +161,20 @@ def _folder(path, kind): return next((Path(path)/n for n in _folders[kind] if (P
 def folder_data(
     path, # Folder with train (or training) and valid (or testing, …), each with a folder of images per class
 ) -> ImageData:
-    "Greyscale images from folders. Raises `InputError` on an empty or unknown class or unreadable images."
+    "Images from folders, in colour if any is. Raises `InputError` on an empty or unknown class or unreadable images."
     dirs = [_folder(path, kind) for kind in _folders]
     if None in dirs: raise InputError(f"{path}: expected a folder {' or '.join(_folders['train'])} and a folder {' or '.join(_folders['valid'])}.")
     classes = sorted((d.name for d in dirs[0].iterdir() if d.is_dir()), key=lambda n: (len(n), n))
-    arrays = []
+    sets = []
     for d in dirs:
         files = [f for f in d.glob('*/*') if f.suffix.lower() in ('.png','.jpg','.jpeg','.bmp','.webp')]
         files = [f for _,f in sorted((i,f) for _,fs in groupby(sorted(files), lambda f: f.parent) for i,f in enumerate(fs))]      # class by turns, so that the first few have all
         unknown = sorted({f.parent.name for f in files} - set(classes))
         if not files or unknown: raise InputError(f"{d}: " + (f"no training images for {', '.join(unknown)}." if unknown else "no images in class folders."))
-        arrays += [_read_images(files), np.array([classes.index(f.parent.name) for f in files])]
-    return image_data(*arrays, path, classes)
+        sets.append(files)
+    n,files = len(sets[0]),sets[0]+sets[1]
+    x,y = _read_images(files),np.array([classes.index(f.parent.name) for f in files])
+    return image_data(x[:n], y[:n], x[n:], y[n:], path, classes)
 
 # %% ../nbs/12_cli.ipynb #d86de217
 def _download_mnist():
@@ -302,6 +308,16 @@ def _measure(learn):
     return dict(valid_loss=float(loss), accuracy=float(acc))
 
 # %% ../nbs/12_cli.ipynb #e34ed105
+def _print_epoch(learn, log):
+    "A line of a log."
+    print('  '.join(f'{n} {v:.6f}' if isinstance(v, float) else f'{n} {v}' for n,v in zip(learn.recorder.metric_names, log)), flush=True)
+
+def _fit(learn, *args, **kw):
+    "One-cycle training, with progress bars where they overwrite themselves: a log would keep each of their frames."
+    if IN_NOTEBOOK or sys.stdout.isatty(): return learn.fit_one_cycle(*args, **kw)
+    learn.logger = partial(_print_epoch, learn)
+    with learn.no_bar(): learn.fit_one_cycle(*args, **kw)
+
 def train_method(
     method:str,     # A key of `methods`
     data:ImageData,
@@ -311,7 +327,7 @@ def train_method(
     learn = make_learner(data, settings)
     if methods[method] is not None: sparsify_model(learn, settings['sparsity'], sparse_f=distributions[settings['distribution']])
     cb,t0 = _callback(method, settings),time.time()
-    learn.fit_one_cycle(settings['epochs'], settings['lr'], cbs=cb)
+    _fit(learn, settings['epochs'], settings['lr'], cbs=cb)
     seconds = time.time()-t0
     x = learn.dls.valid.one_batch()[0][:1].to(settings['device'])
     flops = count_flops(learn, x).loc['total']
@@ -332,7 +348,8 @@ def results_table(
 
 # %% ../nbs/12_cli.ipynb #b887046c
 def validate(
-    out, # Folder that `fastsparse train` wrote
+    out,       # Folder that `fastsparse train` wrote
+    path=None, # Where the data is now; `None`: where it was
 ) -> dict: # `valid_loss` and `accuracy`
     "Load a saved model and validate it. Raises `InputError` if there is none, or it doesn't fit."
     out = Path(out)
@@ -342,7 +359,7 @@ def validate(
     except (KeyError, TypeError) as e: raise InputError(f"{out}/report.json is not what `fastsparse train` writes: it has no {e}") from None
     torch.set_num_threads(threads)
     if settings['data'] not in data_sets: raise InputError(f"{out}/report.json: data is {settings['data']!r}, which is none of {', '.join(data_sets)}.")
-    learn = make_learner(data_sets[settings['data']](settings['path']), settings)
+    learn = make_learner(data_sets[settings['data']](settings['path'] if path is None else Path(path).expanduser()), settings)
     try: load_sparse_model(file, learn.model)
     except (OSError, ValueError) as e: raise InputError(str(e)) from None
     return _measure(learn)
@@ -438,8 +455,8 @@ def add_train_options(
     add = lambda name, *args, **kw: p.add_argument(f'--{name}', *([f"--{name.replace('_','-')}"] if '_' in name else []), *args, **kw)
     preset = 'default: as the method\'s paper has it'
     add('data', choices=data_sets, default='digits', help='digits (bundled with scikit-learn) or mnist (default: digits)')
-    add('path', help='mnist: .npz file, or folder with one, with idx files (.gz or not) or with image folders train and valid; default: fetched by fastai')
-    add('method', type=_methods, default=['dense','static','rigl'], metavar='M[,M…]', help=f"of {', '.join(methods)}; or all (default: dense,static,rigl)")
+    add('path', help='mnist: .npz file, or folder with one, with idx files (.gz or not) or with image folders train and valid (in colour if any image is); default: fetched by fastai')
+    add('method', type=_methods, default=['dense','static','rigl'], metavar='M[,M...]', help=f"of {', '.join(methods)}; or all (default: dense,static,rigl)")
     add('model', choices=models, default='small', help='small residual network, or one of torchvision\'s (default: small)')
     add('sparsity', type=_sparsity, default=0.9, help='share of weights that do not exist (default: 0.9)')
     add('distribution', choices=distributions, default='erk', help='of sparsity among layers (default: erk)')
@@ -502,7 +519,7 @@ def run_train(
 
 def run_validate(a):
     "`fastsparse validate`"
-    print(json.dumps(validate(a.out)))
+    print(json.dumps(validate(a.out, a.path)))
     return 0
 
 # %% ../nbs/12_cli.ipynb #b7c15d40
@@ -516,6 +533,7 @@ def make_parser() -> argparse.ArgumentParser:
     train.set_defaults(run=run_train)
     val = cmds.add_parser('validate', help='validate the model that `fastsparse train` saved')
     val.add_argument('out', help='folder that `fastsparse train` wrote')
+    val.add_argument('--path', help='where the data is now, if it was moved (default: where it was)')
     val.set_defaults(run=run_validate)
     return p
 

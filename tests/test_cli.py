@@ -142,3 +142,35 @@ def test_version(capsys):
 def test_models_fit_the_data():
     for name,make in cli.models.items():
         assert make(1, 7).eval()(torch.randn(2,1,12,12)).shape == (2,7), name
+
+def test_validate_finds_data_that_was_moved(tmp_path, arrays, capsys):
+    write_npz(tmp_path/'a.npz', arrays)
+    assert run('train', '--data', 'mnist', '--path', tmp_path/'a.npz', '--method', 'static', '--epochs', 1, '--bs', 32, '--threads', 1, '--out', tmp_path/'out') == 0
+    (tmp_path/'a.npz').rename(tmp_path/'b.npz')
+    capsys.readouterr()
+    assert run('validate', tmp_path/'out') == 2
+    assert '--path' in capsys.readouterr().err
+    assert run('validate', tmp_path/'out', '--path', tmp_path/'b.npz') == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == json.loads((tmp_path/'out'/'report.json').read_text())['reload']['trained']
+
+def test_help_is_ascii(capsys):
+    for command in 'train', 'validate':
+        assert run(command, '--help') == 0
+        assert capsys.readouterr().out.isascii()
+
+def test_a_log_has_a_line_for_each_epoch_and_no_bars(tmp_path, arrays, capsys):
+    write_npz(tmp_path/'a.npz', arrays)
+    settings = dict(model='small', bs=32, n_train=None, device='cpu', seed=0, epochs=2, lr=1e-3)
+    cli.train_method('dense', mnist_data(tmp_path/'a.npz'), settings)
+    lines = capsys.readouterr().out.splitlines()
+    assert [l.split('  ')[0] for l in lines] == ['epoch 0', 'epoch 1'] and all('  accuracy 0.' in l or '  accuracy 1.' in l for l in lines)
+
+def test_folders_keep_colour(tmp_path, arrays):
+    from PIL import Image
+    write_folders(tmp_path, arrays)
+    f = sorted((tmp_path/'testing'/'1').iterdir())[0]
+    Image.fromarray(np.stack([arrays[2][1]]*2 + [255-arrays[2][1]], -1)).save(f)
+    d = mnist_data(tmp_path)
+    assert d.n_channels == 3 and d.valid[0].shape == (30,3,12,12)
+    coloured = [(x[0] != x[2]).any().item() for x in d.valid[0]]
+    assert sum(coloured) == 1 and d.valid[1][coloured.index(True)] == 1 and (d.train[0][:,0] == d.train[0][:,2]).all()
