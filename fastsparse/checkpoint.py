@@ -164,18 +164,19 @@ def _by_name(learn):
     for cb in learn.cbs: res.setdefault(cb.name, []).append(cb)
     return res
 
-def _without_tensors(o):
-    "The rest of a callback's state: tensors are large, and can always be read."
-    if type(o) in (torch.Tensor, TensorBase): return None
-    if isinstance(o, dict): return {k: _without_tensors(v) for k,v in o.items()}
-    return [_without_tensors(v) for v in o] if isinstance(o, (list,tuple,L)) else o
+def _unusual(o):
+    "Values within `o` that may not be readable once they are in a file."
+    if type(o) in (torch.Tensor, TensorBase, int, float, bool, str, type(None)): return []
+    if type(o) is dict: return _unusual([*o.keys(), *o.values()])
+    return [u for v in o for u in _unusual(v)] if type(o) in (list, tuple, L) else [o]
 
 def _readable_state(cb):
     "The callback's state. Raises `ValueError` if a file with it could not be read back."
-    state,f = _cb_state(cb),io.BytesIO()
-    if not state: return state
+    state = _cb_state(cb)
+    unusual,f = _unusual(state),io.BytesIO()
+    if not unusual: return state
     try:
-        torch.save(_without_tensors(state), f)
+        torch.save(unusual, f)
         f.seek(0)
         _load_plain(f, 'cpu')
     except Exception as e: raise ValueError(f"the state of {type(cb).__name__} can't go into a checkpoint: it holds more than tensors, arrays, numbers, text, lists and dicts ({_why_not(e)}).") from None
@@ -209,7 +210,7 @@ def save_checkpoint(
     n_done:int=0,        # Batches of that epoch already trained on
     epoch_rng:dict=None, # Generators as they were when that epoch began; needed if `n_done`
 ):
-    "Write all that the rest of the run depends on."
+    "Write all that the rest of the run depends on. Raises `ValueError`, the file unchanged, if some callback's state could not be read back."
     state = dict(model=learn.model.state_dict(), opt=learn.opt.state_dict(), epoch=epoch, n_done=n_done, n_epoch=learn.n_epoch,
                  n_batches=len(learn.dls.train), train_iter=learn.train_iter, rng=_rng_state(learn.dls), epoch_rng=epoch_rng,
                  cbs={name: [_readable_state(cb) for cb in cbs] for name,cbs in _by_name(learn).items()},
@@ -283,7 +284,7 @@ class ResumeCallback(Callback):
 
     def _check_fit(self, s):
         for k,now in (('n_epoch', self.learn.n_epoch), ('n_batches', len(self.learn.dls.train))):
-            if s[k] != now: raise ValueError(f"{self.path} is from a run with {k}={s[k]}, but this one has {now}.")
+            if s[k] != now: raise ValueError(f"{self.path} is from a run with {k}={s[k]}, but this one has {now}: call the same `fit`, or remove the file to begin anew.")
         if self.n_before and s['frozen'] != _frozen(self.learn.model):      # `fine_tune` was interrupted in its second fit and is called again
             raise ValueError(f"{self.path} is from a fit with {sum(s['frozen'])} frozen parameters, but this one has {sum(_frozen(self.learn.model))}: "
                              "build the learner anew and call the same fits in the same order, or give each fit a path of its own.")
