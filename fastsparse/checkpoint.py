@@ -295,7 +295,7 @@ class ResumeCallback(Callback):
         saved = _saved_states(s)
         for name,cbs in _by_name(self.learn).items():
             n = len(saved.get(name, cbs))
-            if n != len(cbs): raise ValueError(f"{self.path} is from a run with {n} of {type(cbs[0]).__name__}, but this one has {len(cbs)}: give the same callbacks in the same order.")
+            if n != len(cbs) and any(saved[name]): raise ValueError(f"{self.path} is from a run with {n} of {type(cbs[0]).__name__}, but this one has {len(cbs)}: give the same callbacks in the same order.")
 
     def _mute(self, on, kinds=(Recorder, TrackerCallback, CheckpointCallback)):
         for cb in self.learn.cbs:

@@ -99,6 +99,7 @@ def test_another_number_of_callbacks_is_refused(tmp_path):
     stopped(lambda *cbs: fit(toy_learner(), 3, cbs=[dst(), CheckpointCallback(tmp_path/'c'), *cbs]), 1, 1)
     with pytest.raises(ValueError, match='with 1 of DynamicSparseTrainingCallback, but this one has 2'):
         fit(toy_learner(), 3, cbs=[dst(), dst(), ResumeCallback(tmp_path/'c')])
+    fit(toy_learner(), 3, cbs=[dst(), CheckpointCallback(tmp_path/'a'), CheckpointCallback(tmp_path/'b'), ResumeCallback(tmp_path/'c')])      # these have no state
 
 def test_a_file_with_one_state_for_each_name_is_read(tmp_path):
     through = fit(toy_learner(), 3, cbs=dst())
