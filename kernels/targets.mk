@@ -10,7 +10,7 @@ QEMU_AARCH64 ?= qemu-aarch64 -L /usr/aarch64-linux-gnu
 
 # Every ISA of this machine, with scratch memory full of NaN so that nothing is read before it was written.
 test-native: $(NATIVE_BUILD)/native
-	$< 60
+	$< 200
 
 # Debian: apt-get install g++-aarch64-linux-gnu qemu-user
 test-neon: $(NATIVE_BUILD)/neon

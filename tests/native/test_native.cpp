@@ -166,8 +166,10 @@ void linear(int threads) {
 void conv(int threads) {
     const i64 g = draw(1, 3);
     ConvShape s{g * draw(1, 12), draw(1, 12), draw(1, 4), draw(1, 4), draw(1, 3), draw(1, 3), draw(0, 3), draw(0, 3), draw(0, 3), draw(0, 3), draw(1, 3), draw(1, 3), g};
-    const i64 n = draw(0, 36), taps = s.taps();
-    const i64 h = std::max<i64>(1, s.dh * (s.kh - 1) + 1 - s.pt - s.pb) + draw(0, 9), w = std::max<i64>(1, s.dw * (s.kw - 1) + 1 - s.pl - s.pr) + draw(0, 33);
+    const i64 n = draw(0, 36), taps = s.taps(), wide = 16 * draw(0, 2);   // or rows of outputs that nearly are whole vectors
+    if (wide) { s.sw = draw(1, 2); s.dw = 1; }
+    const i64 h = std::max<i64>(1, s.dh * (s.kh - 1) + 1 - s.pt - s.pb) + draw(0, 9);
+    const i64 w = wide ? s.sw * wide - draw(0, 4) : std::max<i64>(1, s.dw * (s.kw - 1) + 1 - s.pl - s.pr) + draw(0, 33);
     const i64 oh = s.out_h(h), ow = s.out_w(w), ocg = s.oc / g;
     const Mask m(s.oc, s.icg * taps, density());
     const Layout layouts[] = {Layout::automatic, Layout::planes, Layout::batch};
