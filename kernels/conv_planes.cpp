@@ -399,6 +399,7 @@ void sample_planes(const Isa& isa, const Gather& g, const float* x, const float*
 // and every pixel of dy (a kernel that no pixel of the input reaches leaves some out).
 bool shares_gradient(const Gather& f, const Gather& b) {
     if (!f.planes || !b.planes || f.shifted != b.shifted || f.side != b.side || (f.shifted && f.slot != b.slot)) return false;
+    if (f.shifted && f.steps() == 1 && -b.dy_min * b.pw - b.dx_min < f.dx_max - f.dx_min) return false;   // a row of dy and what comes before it
     const bool whole = b.dy_min <= 0 && b.dx_min <= 0 && b.dy_min + b.ph >= f.block && b.dx_min + b.pw >= f.out_w;
     const bool blocks = f.shifted ? f.block == b.block && f.t_rows == b.t_rows : f.blocks() == 1 && b.blocks() == 1;
     return (f.direct && b.direct && f.block == b.block) || (!f.direct && !b.direct && blocks && f.pw == b.pw && whole);
@@ -409,6 +410,11 @@ bool shares_gradient(const Gather& f, const Gather& b) {
 bool swept(const Isa& isa, const Gather& f, const Gather& b) {
     return isa.both && f.shifted && f.side == 1 && f.steps() == 1 && b.pw / b.width <= tile_both && f.dy_min <= 0 && f.dy_max >= 0 && f.in_w - f.dx_min <= f.pw &&
            -f.dy_min * f.pw - f.dx_min >= b.phase[0].lane;
+}
+
+// Packing leaves what follows a channel's rows as it is. Tiles reach into it, and what counts for nothing must not be NaN.
+void clear_gaps(const Gather& g, float* block) {
+    for (i64 c = 0; c < g.channels; ++c) std::fill(block + c * g.plane + g.ph * g.pw, block + (c + 1) * g.plane, 0.f);
 }
 
 // Both gradients image by image, so that dy is read and packed once.
@@ -423,8 +429,11 @@ void backward_planes(const Isa& isa, const Gather& f, const Gather& b, const flo
     const bool at_once = swept(isa, f, b);
     sum_in_parts(isa, ceil_div(n, f.side), f.csr->nnz(), f.shifted ? sums.data() : dvalues, threads, [&](i64 i, i64 end, int slot, float* dv) {
         float *xp = space.data() + slot * scratch, *own = xp + packed;
-        if (f.shifted)   // up to a vector is read that lies before or after a channel of dy
-            for (i64 c = 0; c <= b.channels; ++c) std::fill(c ? own + (c - 1) * b.plane + b.ph * b.pw : own - b.width, own + c * b.plane, 0.f);
+        if (f.shifted) {
+            std::fill_n(own - b.width, b.width, 0.f);   // what lies before the first row of dy
+            clear_gaps(f, xp);
+            clear_gaps(b, own);
+        }
         for (bool add = false; i < end; ++i) {
             const float *image = x + i * f.side * f.channels * f.in_h * f.in_w, *grad = dy + i * f.side * f.rows * f.out_h * f.out_w;
             for (i64 t = 0; t < f.blocks(); ++t) {

@@ -111,6 +111,19 @@ def test_conv_drawn(isa, layout, data):
 def test_conv_larger(isa, layout, n, h, w, cin, cout, k, stride, pad):
     check_conv(np.random.default_rng(1), n, h, w, cin, cout, (k, k), .1, (stride, stride), (pad,)*4, layout=layout)
 
+@pytest.mark.parametrize('n,h,w,cin,cout,k,stride,pad,groups', [
+    (19, 3, 28, 12, 20, (3, 4), (1, 1), (0, 2, 2, 3), 2), (9, 6, 15, 6, 36, (2, 4), (1, 1), (0, 1, 1, 1), 3), (7, 30, 56, 7, 6, (5, 5), (1, 2), (0, 4, 1, 2), 1), (9, 28, 28, 8, 9, (3, 3), (2, 2), (1,)*4, 1)])
+def test_nothing_of_an_earlier_call_counts(isa, n, h, w, cin, cout, k, stride, pad, groups):
+    "Kernels read around what they have written; scratch memory still holds the NaN of the call before"
+    rng = np.random.default_rng(0)
+    wt, m = sparse(rng, .5, cout, cin//groups, *k)
+    kw = dict(stride=stride, padding=pad, dilation=(1, 1), groups=groups)
+    x, dy = randn(rng, n, cin, h, w), randn(rng, n, cout, *K.Conv2dPlan.from_mask(m, **kw).out_size(h, w))
+    run_conv(wt, m, np.full_like(x, np.nan), np.full_like(dy, np.nan), None, threads=1, **kw)
+    out, dx, dv = run_conv(wt, m, x, dy, None, threads=1, **kw)
+    y64, dx64, dw64 = conv64(wt, x, dy, None, **kw)
+    near(out, y64, cin*k[0]*k[1]), near(dx, dx64, cout*k[0]*k[1]), near(dv, dw64[m], n*h*w)
+
 @pytest.mark.parametrize('layout', ['planes', 'batch'])
 def test_rows_of_more_nonzeros_than_are_collected_at_a_time(isa, layout):
     rng = np.random.default_rng(5)
