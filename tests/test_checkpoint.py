@@ -2,7 +2,7 @@
 import contextlib, io
 from types import SimpleNamespace
 import numpy as np, pytest, torch
-from fastai.basics import Adam, Callback, DataLoaders, Learner, Metric
+from fastai.basics import Adam, Callback, DataLoaders, Metric
 from fastai.callback.progress import CSVLogger, ShowGraphCallback
 import fastai.callback.progress as progress
 import fastai.callback.schedule
