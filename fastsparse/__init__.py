@@ -9,7 +9,8 @@ _public = dict(
     topology='sparsify_model sparse_params sparseable_params add_mask_hooks apply_masks SparseHooks dense_gradients drop_and_grow set_masks',
     layers='SparseLinear SparseConv2d sparsify_conv2d_auto swap_modules_with_sparse',
     training='expand_model',
-    checkpoint='load_sparse_model load_sparse_state save_checkpoint CheckpointCallback ResumeCallback',
+    reload='load_sparse_model load_sparse_state',
+    checkpoint='save_checkpoint CheckpointCallback ResumeCallback',
     callback='DynamicSparseTrainingCallback SparseKernelsCallback sparse_kernels_report dense_parameters SET_presets SNFS_presets RigL_presets '
              'Sparsity EverActive',
     interpret='sparsity_report count_flops plot_sparsity plot_updates plot_training')

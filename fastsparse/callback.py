@@ -179,6 +179,18 @@ def create_opt(self:Learner):
     if any(param_compressed(p) for p in sparse_params(self.model)): hide_compression(self.model, self.opt)
 Learner.create_opt._without_masks = _learner_create_opt
 
+# %% ../nbs/07_callback.ipynb #29fcebe2
+_learner_load = getattr(Learner.load, '_without_masks', Learner.load)
+
+@patch
+def load(self:Learner, file, device=None, **kwargs):
+    "fastai's `Learner.load`; optimizer slots of weights that the loaded masks leave out are zeroed."
+    expand_model(self.model, self.opt)
+    _learner_load(self, file, device=device, **kwargs)
+    apply_masks(self.model, self.opt)
+    return self
+Learner.load._without_masks = _learner_load
+
 # %% ../nbs/07_callback.ipynb #e77ebfc1
 class SparseKernelsCallback(_QuickCallback):
     "Train on the compiled kernels where they are faster, with masks that stay (static sparsity). `DynamicSparseTrainingCallback` does this by itself."

@@ -31,7 +31,7 @@ from fastai.torch_core import set_seed
 from fastcore.imports import IN_NOTEBOOK
 import fastsparse
 from .callback import DynamicSparseTrainingCallback, EverActive, RigL_presets, SET_presets, SNFS_presets, SparseKernelsCallback, Sparsity
-from .checkpoint import load_sparse_model
+from .reload import load_sparse_model
 from .distribution import erdos_renyi_sparsity, first_layer_dense_uniform, uniform_sparsity
 from .interpret import count_flops, plot_sparsity, plot_training, sparsity_report
 from .topology import sparsify_model

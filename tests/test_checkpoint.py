@@ -1,5 +1,5 @@
 "Checkpoints: what a resumed run shows, logs and restores, whichever callbacks, loaders and fits there are."
-import contextlib, io
+import contextlib, io, subprocess, sys
 from types import SimpleNamespace
 import numpy as np, pytest, torch
 from fastai.basics import Adam, Callback, DataLoaders, Metric
@@ -8,6 +8,7 @@ import fastai.callback.progress as progress
 import fastai.callback.schedule
 from fastai.callback.tracker import SaveModelCallback
 from fastai.callback.training import GradientAccumulation
+from fastai.torch_core import TensorBase
 from torch import nn
 from fastsparse import (CheckpointCallback, DynamicSparseTrainingCallback, ResumeCallback, RigL_presets, SET_presets, kernels, load_sparse_model)
 from conftest import fit, toy_items, toy_learner
@@ -201,3 +202,18 @@ def test_a_file_of_another_kind_is_told_without_advice_to_unpickle_it(tmp_path):
 def test_a_model_file_is_no_checkpoint(tmp_path):
     torch.save(toy_learner().model.state_dict(), tmp_path/'m.pth')
     with pytest.raises(ValueError, match='m.pth is no checkpoint'): fit(toy_learner(), 1, cbs=ResumeCallback(tmp_path/'m.pth'))
+
+def test_plain_files_are_read_without_fastai_and_its_tensors_too(tmp_path):
+    state = nn.Linear(3, 2).state_dict()
+    torch.save(state, tmp_path/'plain.pth')
+    torch.save(dict(model=state, losses=[TensorBase(1.)]), tmp_path/'fastai.pth')
+    code = f"""
+import sys
+from torch import nn
+from fastsparse import load_sparse_model
+for f in 'plain', 'fastai':
+    load_sparse_model({str(tmp_path)!r} + f'/{{f}}', nn.Linear(3, 2))
+    assert any(m.startswith('fastai') for m in sys.modules) == (f == 'fastai')
+"""
+    r = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert r.returncode == 0, r.stderr
