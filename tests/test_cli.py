@@ -1,5 +1,5 @@
 "The command line with made-up files in every format, wrong input of every kind, and interruptions."
-import gzip, json, struct
+import gzip, json, struct, subprocess, sys
 import matplotlib; matplotlib.use('Agg')
 import numpy as np, pytest, torch
 import fastsparse
@@ -157,6 +157,11 @@ def test_help_is_ascii(capsys):
     for command in 'train', 'validate':
         assert run(command, '--help') == 0
         assert capsys.readouterr().out.isascii()
+
+def test_help_waits_for_no_imports():
+    code = "import sys\nfrom fastsparse.command import main\ntry: main(['train', '--help'])\nfinally: assert not {'torch', 'numpy', 'fastai'} & {*sys.modules}"
+    r = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert r.returncode == 0 and 'connectivity updates' in r.stdout, r.stderr
 
 def test_a_log_has_a_line_for_each_epoch_and_no_bars(tmp_path, arrays, capsys):
     write_npz(tmp_path/'a.npz', arrays)
