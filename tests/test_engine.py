@@ -648,24 +648,6 @@ def test_not_a_model(what):
 
 # --- the package
 
-def numbered():
-    "Module name to notebook number"
-    res = {}
-    for nb in sorted((root/'nbs').glob('[0-9]*.ipynb')):
-        m = re.search(r'#\| ?default_exp ([\w.]+)', nb.read_text(encoding='utf-8'))
-        if m: res[m[1]] = re.match(r'\d+[a-z]?', nb.name)[0]      # '05' before '05b' before '06a'
-    return res
-
-def imports(path):
-    "Names that a module imports, anywhere in it: ours as `.name`"
-    for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
-        if isinstance(node, ast.Import): names = [a.name for a in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            mod = '.'*node.level + (node.module or '')
-            names = [mod] if node.module and mod != 'fastsparse' else [f'.{a.name}' if node.level else f'{mod}.{a.name}' for a in node.names]
-        else: continue
-        yield from (re.sub(r'^fastsparse\.', '.', n) for n in names)
-
 def test_growing_by_gradients_that_were_masked_is_told():
     m,ps = masked_linear()
     m(torch.randn(4, 8)).square().sum().backward()
@@ -685,6 +667,24 @@ def test_dense_gradients_are_there_for_one_update_and_gone_after():
     assert off[grown].min() >= off[~new & ~ps[0].mask].max() > 0
     m(x).square().sum().backward()
     assert not m.weight.grad[~ps[0].mask].any()
+
+def numbered():
+    "Module name to notebook number"
+    res = {}
+    for nb in sorted((root/'nbs').glob('[0-9]*.ipynb')):
+        m = re.search(r'#\| ?default_exp ([\w.]+)', nb.read_text(encoding='utf-8'))
+        if m: res[m[1]] = re.match(r'\d+[a-z]?', nb.name)[0]      # '05' before '05b' before '06a'
+    return res
+
+def imports(path):
+    "Names that a module imports, anywhere in it: ours as `.name`"
+    for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+        if isinstance(node, ast.Import): names = [a.name for a in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            mod = '.'*node.level + (node.module or '')
+            names = [mod] if node.module and mod != 'fastsparse' else [f'.{a.name}' if node.level else f'{mod}.{a.name}' for a in node.names]
+        else: continue
+        yield from (re.sub(r'^fastsparse\.', '.', n) for n in names)
 
 def test_nothing_imports_upward():
     order = numbered()
