@@ -447,7 +447,7 @@ def call_scalar(
 def _growth(ps, opt, ks, kept, redistribute_f):
     "How many connections each layer grows."
     if redistribute_f is None: return ks
-    claims = [float(call_scalar(redistribute_f, p, opt)) for p in ps]
+    claims = [call_scalar(redistribute_f, p, opt) for p in ps]
     return share_out(sum(ks), claims, [p.n_weights - n_true(m) for p,m in zip(ps, kept)])
 
 # %% ../nbs/04_topology.ipynb #d5e10002
