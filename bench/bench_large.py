@@ -70,7 +70,7 @@ def summary(a, model, opt, rows, built, start):
     med = lambda rs: statistics.median(r['passes_s']+r['rest_s'] for r in rs)
     after = [r for q,r in zip(rows, rows[1:]) if q['update'] and not r['update']]
     plain = [r for q,r in zip(rows[1:], rows[2:]) if not q['update'] and not r['update']]
-    losses,n = [r['loss'] for r in rows],len(rows)
+    losses = [r['loss'] for r in rows]
     weights,nnz = sum(p.n_weights for p in large_layers(model)),sum(p.n_active for p in large_layers(model))
     slots = sum(t.numel()*t.element_size() for s in opt.state.values() for t in s.values() if isinstance(t, torch.Tensor))
     ups = [r for r in rows if r['update']]

@@ -70,7 +70,6 @@ def memory():
     d,l = load('memory'),load('large')
     res = []
     if d is not None:
-        s = d['settings']
         d,s,share = {k: {n: d[k][n] for n in ('state', 'resident')} for k in ('dense', 'sparse')},d['settings'],d['share']
         def all_of(n): return (f"{d['sparse'][n]['steady']:.0f} MiB between updates and {d['sparse'][n]['peak']:.0f} MiB at the peak of an update, against {d['dense'][n]['steady']:.0f} and "
                                f"{d['dense'][n]['peak']:.0f} MiB dense ({share[n]['steady']:.0%} and {share[n]['peak']:.0%})")

@@ -8,7 +8,7 @@ __all__ = ['uniform_sparsity', 'first_layer_dense_uniform', 'erdos_renyi_sparsit
 # %% ../nbs/02_distribution.ipynb #fd03526f
 from collections.abc import Iterable
 from fnmatch import fnmatch
-from math import isfinite, prod
+from math import prod
 
 # %% ../nbs/02_distribution.ipynb #36f97662
 def uniform_sparsity(
@@ -61,7 +61,7 @@ def check_sparsity(
     "`s` as a float, if it is a sparsity. Raises `ValueError` outside [0,1)."
     try: f = float(s)
     except (TypeError, ValueError): f = float('nan')
-    if not (isfinite(f) and 0 <= f < 1):
+    if not 0 <= f < 1:
         raise ValueError(f"{what} is {s!r}, but a sparsity is the share of zeros: a number from 0 (dense) up to but excluding 1.")
     return f
 

@@ -224,7 +224,7 @@ def _plot_curves(updates, ax):
     ax.legend(frameon=False, fontsize=8)
 
 # %% ../nbs/11_interpret.ipynb #9c1f03b1
-def _plot_heat(updates, ax, names=None, colorbar=True):
+def _plot_heat(updates, ax, names=None):
     "New connections by layer and update; layers without a part in it stay grey."
     df = new_shares(updates)
     df = df if names is None else df.reindex(names)
@@ -233,7 +233,7 @@ def _plot_heat(updates, ax, names=None, colorbar=True):
     _layer_axis(ax, df.index)
     _step_axis(ax, updates)
     ax.spines[:].set_visible(False)
-    if colorbar: ax.figure.colorbar(im, ax=ax, label='share of the layer’s\nconnections that are new', format=PercentFormatter(1, decimals=0), pad=0.02)
+    ax.figure.colorbar(im, ax=ax, label='share of the layer’s\nconnections that are new', format=PercentFormatter(1, decimals=0), pad=0.02)
 
 # %% ../nbs/11_interpret.ipynb #c34d051b
 def plot_updates(

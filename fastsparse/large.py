@@ -13,7 +13,7 @@ from torch import nn
 from . import kernels
 from .layers import (SparseModule, active_index, csr_from_index, dense_apply, flat_index, hold_interrupts, pad_mode, plan_for, random_index,
                                replace_storage, run_backward, why_dense)
-from .score import call_score, gradient_magnitude, needs_dense_grad, opt_slots, random_score, weight_magnitude
+from .score import call_score, needs_dense_grad, opt_slots, random_score, weight_magnitude
 from .topology import SparseParam, call_scalar, share_out, top_k_mask
 
 # %% ../nbs/06b_large.ipynb #4e17ba72
