@@ -90,7 +90,9 @@ def borrowed_slots(
             _return(p, opt, store.setdefault(p.name, {}))
 
 # %% ../nbs/07_callback.ipynb #8e8d9c4d
-def only_validates(learn) -> bool:
+def only_validates(
+    learn, # A learner within a fit or a validation
+) -> bool:
     "fastai sends `before_fit` and `after_fit` also around `validate`, `get_preds` and `predict`; only they hold the learner's lock."
     return learn.lock.locked()
 
@@ -270,14 +272,17 @@ def add_bits(
 
 _ones = np.unpackbits(np.arange(256, dtype=np.uint8)[:,None], axis=1).sum(1)
 
-def n_bits(bits:torch.Tensor) -> int:
+def n_bits(
+    bits:torch.Tensor, # From `pack_bits`
+) -> int:
     "How many entries of a packed mask are true."
     return int(np.bincount(bits.numpy(), minlength=256) @ _ones)
 
 
 # %% ../nbs/07_callback.ipynb #1d458643
 class DynamicSparseTrainingCallback(_QuickCallback):
-    "Prune and grow the connections of a sparsified model while it trains. Leave it out, and sparsity is static."
+    """Prune and grow the connections of a sparsified model while it trains. Leave it out, and sparsity is static.
+    Raises `ValueError` on an argument out of its range, and when `fit` begins if no layer is sparse or the optimizer lacks what a score reads."""
     order,run_valid = 95,False
     def __init__(self,
         sparse_modules=None,              # A module, or a list, with all inside, whose connections move; `None`: every module that `sparsify_model` masked or that was born sparse

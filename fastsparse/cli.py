@@ -231,10 +231,10 @@ class ImageBatches(DataLoader):
 
 # %% ../nbs/12_cli.ipynb #c38a8dea
 def image_dls(
-    data:ImageData,
-    bs:int=64,            # Images in a training batch
-    n_train:int=None,     # Train on the first so many images; `None`: all
-    device:str='cpu',
+    data:ImageData,   # Images in memory
+    bs:int=64,        # Images in a training batch
+    n_train:int=None, # Train on the first so many images; `None`: all
+    device:str='cpu', # Where batches go
 ) -> DataLoaders:
     "Shuffled, shifted training batches; validation batches of 500."
     x,y = (t[:n_train] for t in data.train)
@@ -277,7 +277,7 @@ methods = dict(zip(method_names, (None, {}, SET_presets, SNFS_presets, RigL_pres
 
 # %% ../nbs/12_cli.ipynb #300807e2
 def make_learner(
-    data:ImageData,
+    data:ImageData, # Images in memory
     settings:dict,  # `model`, `bs`, `n_train`, `device`, `seed`
 ) -> Learner:
     "A learner whose weights depend on the seed alone."
@@ -312,7 +312,7 @@ def _fit(learn, *args, **kw):
 
 def train_method(
     method:str,     # A key of `methods`
-    data:ImageData,
+    data:ImageData, # Images in memory
     settings:dict,  # See `add_train_options`
 ) -> tuple: # The learner, and what is to be reported of it
     "Train one network."
@@ -356,8 +356,10 @@ def validate(
     except (OSError, ValueError) as e: raise InputError(str(e)) from None
     return _measure(learn)
 
-def validate_in_fresh_process(out):
-    "The same in a Python process of its own."
+def validate_in_fresh_process(
+    out, # As in `validate`
+) -> dict: # As from `validate`
+    "The same in a Python process of its own. Raises `RuntimeError` if that fails."
     cmd = [sys.executable, '-c', 'from fastsparse.cli import main; main()', 'validate', str(out)]
     p = subprocess.run(cmd, capture_output=True, text=True)
     if p.returncode: raise RuntimeError(f"validation in a fresh process failed:\n{p.stderr}")
@@ -369,7 +371,12 @@ def _cpu():
     try: return re.search(r'model name\s*:\s*(.+)', Path('/proc/cpuinfo').read_text())[1]
     except (OSError, TypeError): return platform.processor() or platform.machine()
 
-def make_report(results, layers, settings, data):
+def make_report(
+    results:list,   # Dicts of `train_method`
+    layers,         # `sparsity_report` of the model that is kept
+    settings:dict,  # From `train_settings`
+    data:ImageData, # What was trained on
+) -> dict:
     "Everything that belongs to a run, ready for JSON."
     layers = layers.astype(object).where(layers.notna(), None)
     return dict(command='fastsparse train', settings=settings,

@@ -239,9 +239,9 @@ def backward_linked(self:LinearPlan,
     dvalues:np.ndarray, # (nnz,), overwritten, or None
     dbias:np.ndarray,   # (`n_rows`,), overwritten, or None
     out:np.ndarray,     # (batch, `n_rows`): what came out of a ReLU; only for `relu` without `y_packed`
-    batch:int,
-    x_packed:bool,
-    y_packed:bool,
+    batch:int,          # As in `forward_linked`
+    x_packed:bool,      # Are `x` and `dx`?
+    y_packed:bool,      # Is `dy`?
     relu:bool,          # Did a ReLU follow? If `y_packed`, `dy` has gone back through it already: `gated` by the next layer
     gated:bool,         # Did the packed `x` come out of a ReLU? Then `dx` goes back through that
     threads:int=None    # As in `forward`
@@ -274,12 +274,12 @@ def row_forward(
     _need().LinearPlan.row_forward([p._p for p in plans], x, values, biases, relus, kept, out, threads)
 
 def row_backward(
-    plans,           # As in `row_forward`, as the next ones
-    x:np.ndarray,
+    plans,           # As in `row_forward`
+    x:np.ndarray,    # As in `row_forward`
     dy:np.ndarray,   # (batch, outputs of the last)
-    values,          # The first may be None if `dx` is and nothing has to be computed anew
-    biases,
-    relus,
+    values,          # As in `row_forward`; the first may be None if `dx` is and nothing has to be computed anew
+    biases,          # As in `row_forward`
+    relus,           # As in `row_forward`
     kept,            # From `row_forward`; what was not kept is computed anew
     out:np.ndarray,  # From `row_forward`; may be None if no ReLU comes last
     dx:np.ndarray,   # Like `x`, overwritten, or None if not wanted
@@ -405,7 +405,7 @@ def batch_norm_backward(
     mean:np.ndarray,    # From `batch_norm_forward`
     var:np.ndarray,     # From `batch_norm_forward`
     weight:np.ndarray,  # (channels,) or None
-    eps:float,
+    eps:float,          # As in `batch_norm_forward`
     dx:np.ndarray,      # Shape of `x`, overwritten; None: not wanted
     dweight:np.ndarray, # (channels,), overwritten
     dbias:np.ndarray,   # (channels,), overwritten
@@ -432,9 +432,9 @@ def max_pool_forward(
 def max_pool_backward(
     dy:np.ndarray,    # Shape of the pooled images, float32
     index:np.ndarray, # From `max_pool_forward`
-    kernel:tuple,
-    stride:tuple,
-    padding:tuple,
+    kernel:tuple,     # As in `max_pool_forward`
+    stride:tuple,     # As in `max_pool_forward`
+    padding:tuple,    # As in `max_pool_forward`
     dx:np.ndarray,    # (images, channels, height, width), overwritten
     threads:int=None  # At most so many threads; default: as many as OpenMP has
 ):

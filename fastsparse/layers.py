@@ -86,8 +86,8 @@ def scatter_state(
 # %% ../nbs/05_layers.ipynb #6805e933
 def csr_from_index(
     index:Tensor, # int64, sorted flat positions of the nonzeros
-    n_rows:int,
-    n_cols:int,
+    n_rows:int,   # Of the matrix
+    n_cols:int,   # Likewise
 ) -> tuple: # `indptr` (int64, n_rows+1) and `indices` (int32, one per nonzero)
     "CSR structure of a matrix from the flat positions of its nonzeros."
     starts = torch.arange(n_rows+1, device=index.device) * n_cols
@@ -106,7 +106,7 @@ def csr_from_mask(
 def flat_index(
     indptr:Tensor,  # int64, rows+1
     indices:Tensor, # int32, one per nonzero
-    n_cols:int,
+    n_cols:int,     # Of the matrix
 ) -> Tensor: # int64, one per nonzero
     "Flat row-major positions of the nonzeros of a CSR structure."
     starts = torch.arange(indptr.numel()-1, device=indices.device) * n_cols
@@ -114,11 +114,11 @@ def flat_index(
 
 # %% ../nbs/05_layers.ipynb #bb442861
 def check_csr(
-    indptr:Tensor,
-    indices:Tensor,
-    n_rows:int,
-    n_cols:int,
-    nnz:int=None, # Number of values that come with it; None: not known
+    indptr:Tensor,  # Where each row starts, as a file or a user has it
+    indices:Tensor, # Columns, likewise
+    n_rows:int,     # Of the matrix
+    n_cols:int,     # Likewise
+    nnz:int=None,   # Number of values that come with it; None: not known
 ):
     "Raises `ValueError` unless this is a CSR structure with sorted, distinct columns for an `n_rows` × `n_cols` matrix."
     def need(ok, msg):
@@ -240,8 +240,8 @@ plan_cache = {}
 
 # %% ../nbs/05_layers.ipynb #69c5b08e
 def structure_stamp(
-    indptr:Tensor,
-    indices:Tensor,
+    indptr:Tensor,  # int64, rows+1
+    indices:Tensor, # int32, one per nonzero
 ) -> tuple:
     "Changes whenever one of the two is written to or gets another memory. Writing by way of `.data` or numpy is hidden from PyTorch, and from this: give the layer a structure by `set_structure`."
     try: return indptr.data_ptr(), indptr._version, indices.data_ptr(), indices._version, indices.numel()
@@ -257,9 +257,9 @@ def _written_to(indices):
 
 def build_plan(
     geom,           # `LinearGeometry` or `Conv2dGeometry`
-    indptr:Tensor,
-    indices:Tensor,
-):
+    indptr:Tensor,  # int64, rows+1
+    indices:Tensor, # int32, one per nonzero
+): # `LinearPlan` or `Conv2dPlan`
     "Build and cache the plan of a structure."
     key = id(indices),geom
     def forget(ref):
@@ -275,9 +275,9 @@ def build_plan(
 # %% ../nbs/05_layers.ipynb #d88383c9
 def plan_for(
     geom,           # `LinearGeometry` or `Conv2dGeometry`
-    indptr:Tensor,
-    indices:Tensor,
-):
+    indptr:Tensor,  # int64, rows+1
+    indices:Tensor, # int32, one per nonzero
+): # `LinearPlan` or `Conv2dPlan`
     "The plan of a structure, from the cache if it is still true. Raises what the kernels raise if the structure is not one for `geom`."
     e = plan_cache.get((id(indices), geom))
     if e is not None and e.refs[1]() is indices and e.refs[0]() is indptr and e.stamp == structure_stamp(indptr, indices): return e.plan
@@ -328,16 +328,16 @@ def run_forward(
 
 # %% ../nbs/05_layers.ipynb #c6746850
 def run_backward(
-    geom,
-    plan,
+    geom,          # As in `run_forward`
+    plan,          # As in `run_forward`
     x:Tensor,      # Input; may be None without `need_v`
     dy:Tensor,     # Gradient by the output
     values:Tensor, # (nonzeros); may be None without `need_x`
     x_shape:tuple, # Shape of the input; may be None without `need_x`
-    need_x:bool,
-    need_v:bool,
+    need_x:bool,   # Is the input's gradient wanted?
+    need_v:bool,   # The weight's?
     v_dtype=None,  # Of the weight's gradient, which is summed in float32 in any case; None: that of `values` or, without them, of `dy`
-    need_b:bool=False,
+    need_b:bool=False, # The bias'?
     b_dtype=None,  # Of the bias' gradient; None: that of `dy`
 ) -> tuple: # Gradients by the input, the nonzero weights and the bias, None where not needed
     "All gradients at once, for which `dy` is read once."
@@ -587,10 +587,10 @@ def why_dense(
 
 # %% ../nbs/05_layers.ipynb #f806546e
 def dense_weight(
-    values:Tensor,
-    indptr:Tensor,
-    indices:Tensor,
-    shape:tuple, # Of the dense weight
+    values:Tensor,  # 1-D, one per nonzero
+    indptr:Tensor,  # int64, rows+1
+    indices:Tensor, # int32, one per nonzero
+    shape:tuple,    # Of the dense weight
 ) -> Tensor: # Gradients flow back to `values`
     "The dense weight that a structure and its values stand for."
     flat = flat_index(indptr, indices, prod(shape[1:]))
@@ -664,7 +664,7 @@ def _eager(geom, x, values, indptr, indices, bias):
 
 # %% ../nbs/05_layers.ipynb #416a79e4
 def replace_storage(
-    p:nn.Parameter,
+    p:nn.Parameter,   # Changed in place
     data:Tensor,      # Any shape
     grad:Tensor=None, # Shape of `data`
 ):
@@ -745,7 +745,7 @@ def check_mask(
 # %% ../nbs/05_layers.ipynb #d45f9080
 def check_share(
     name:str, # Of the argument
-    share,
+    share,    # What was given for it
 ):
     "Raises `ValueError` unless `share` is a number in 0…1."
     try: ok = 0 <= share <= 1
@@ -907,7 +907,7 @@ def _shared_args(dense): return dict(bias=dense.bias is not None, device=dense.w
 
 @patch(cls_method=True)
 def from_dense(cls:SparseLinear,
-    linear:nn.Linear,
+    linear:nn.Linear, # Not changed
     mask:Tensor=None, # Bool (out, in); None: its `weight_mask` buffer, else its nonzeros
 ) -> SparseLinear: # With parameters of its own
     "The sparse twin of a dense layer; weights off the mask are dropped."
@@ -919,7 +919,7 @@ def from_dense(cls:SparseLinear,
 # %% ../nbs/05_layers.ipynb #964cfd98
 @patch(cls_method=True)
 def from_dense(cls:SparseConv2d,
-    conv:nn.Conv2d,
+    conv:nn.Conv2d, # Not changed
     vectorizing_over_on:bool=None, # Layout hint: True runs over pixels, False over the batch, None: the kernels choose
     mask:Tensor=None, # Bool, shape of the weight; None: its `weight_mask` buffer, else its nonzeros
 ) -> SparseConv2d: # With parameters of its own
@@ -1187,10 +1187,10 @@ def training_step(
 
 # %% ../nbs/05_layers.ipynb #d9b107c2
 def measure_layer(
-    sparse:SparseModule,
-    input_shape:tuple,
-    need_dx:bool=True, # Does the layer below need a gradient?
-    reps:int=7,
+    sparse:SparseModule, # The layer
+    input_shape:tuple,   # Batch size included
+    need_dx:bool=True,   # Does the layer below need a gradient?
+    reps:int=7,          # Measured rounds
 ) -> dict: # 'sparse', 'dense' and for convolutions 'channels_last' → milliseconds
     "Time one forward and backward of a sparse layer and of its dense twin, in the weight's dtype or that of autocast."
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
@@ -1204,11 +1204,11 @@ def measure_layer(
 # %% ../nbs/05_layers.ipynb #1bcbd2a9
 @torch.inference_mode(False)
 def sparsify_conv2d_auto(
-    conv:nn.Conv2d,
-    input_shape:tuple, # (batch, channels, height, width)
+    conv:nn.Conv2d,     # Masked or with zeros
+    input_shape:tuple,  # (batch, channels, height, width)
     verbose:bool=False, # Print what was measured?
 ) -> SparseConv2d:
-    "The sparse twin of `conv` with the layout that is faster for this input."
+    "The sparse twin of `conv` with the layout that is faster for this input. Raises `TypeError` unless `conv` is an `nn.Conv2d`."
     if not isinstance(conv, nn.Conv2d): raise TypeError(f'sparsify_conv2d_auto takes an nn.Conv2d, not {type(conv).__name__}')
     twins = {v: SparseConv2d.from_dense(conv, v) for v in (True, False)}
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
@@ -1234,9 +1234,9 @@ class SwapReport(list):
 
 # %% ../nbs/05_layers.ipynb #ead23e7f
 def layer_inputs(
-    model:nn.Module,
-    layers,     # Modules to watch
-    inputs,     # Tensor, tuple (positional) or dict (by name)
+    model:nn.Module, # The model
+    layers,          # Modules of it to watch
+    inputs,          # Tensor, tuple (positional) or dict (by name)
 ) -> dict: # Layer → Counter of (input shape, does it require a gradient)
     "Run the model once, in eval mode and without changing it, and see what arrives at each layer."
     seen = {m: Counter() for m in layers}
@@ -1361,8 +1361,8 @@ _hook_dicts = ('_forward_hooks', '_forward_hooks_with_kwargs', '_forward_hooks_a
 def _keeps_mask(hook): return type(hook).__name__ == 'MaskHook' or isinstance(hook, BasePruningMethod)
 
 def carry_hooks(
-    old:nn.Module,
-    new:nn.Module,
+    old:nn.Module, # The module that goes
+    new:nn.Module, # The one in its place
 ):
     "Give `new` the hooks of `old`, but for those that keep a mask."
     drop = [k for k,h in old._forward_pre_hooks.items() if _keeps_mask(h)]
@@ -1400,7 +1400,7 @@ def _decide(m, shapes, only_if_faster):
 # %% ../nbs/05_layers.ipynb #65359b9c
 @torch.inference_mode(False)  # what is made in inference mode could not be trained
 def swap_modules_with_sparse(
-    model:nn.Module,
+    model:nn.Module,            # With masks or zeros
     input_shape:tuple=None,     # Shape of one real batch, batch size included; a list of shapes for several inputs
     inplace:bool=False,         # Change `model` itself? Else a copy
     skip_modules=None,          # Leave these dense: names, patterns, types or modules, one or several
@@ -1409,7 +1409,9 @@ def swap_modules_with_sparse(
     verbose:bool=False,         # Print the report?
     example_inputs=None,        # Instead of `input_shape`: a batch, as tensor, tuple (positional) or dict (by name)
 ) -> tuple: # (model, `SwapReport`)
-    "Replace the layers that run faster sparse. Raises `ValueError` without an input to measure on."
+    """Replace the layers that run faster sparse.
+
+    Raises: ValueError without an input to measure on or if `skip_modules` matches no layer, TypeError on what is no module."""
     if input_shape is None and example_inputs is None and only_if_faster:
         raise ValueError('give input_shape= or example_inputs= to measure on, or only_if_faster=False to swap without measuring')
     if not isinstance(model, nn.Module): raise TypeError(f'swap_modules_with_sparse takes an nn.Module, such as `learn.model`, not {type(model).__name__}')

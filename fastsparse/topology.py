@@ -270,7 +270,9 @@ def sparse_init_(
     zero_off_mask_(p.param, p.mask)
 
 # %% ../nbs/04_topology.ipynb #b4023784
-def check_mask(p:SparseParam):
+def check_mask(
+    p:SparseParam, # Masked or not
+):
     "Raise `ValueError` if a mask put there by hand is none for its parameter."
     if p.mask is not None and (p.mask.dtype is not torch.bool or p.mask.shape != p.param.shape):
         raise ValueError(f"{p.name}_mask is {p.mask.dtype} of shape {tuple(p.mask.shape)}; a mask is torch.bool of the parameter's shape {tuple(p.param.shape)}.")
@@ -320,7 +322,7 @@ def sparsify_model(
 ) -> SparseHooks: # `.remove()` ends the enforcement; also a context manager; empty with `enforce_masks=False`
     """Mask random weights of every sparseable layer. Layers that get sparsity 0 stay without a mask.
     On a model that has masks already, new masks are nested with the old. Raises `ValueError`, the model unchanged, on a sparsity
-    outside [0,1), an unknown mode or pattern, a model without sparseable layers, or weights that can't be sparse."""
+    outside [0,1), an unknown mode or pattern, a model without sparseable layers, or weights that can't be sparse; `TypeError` on what is no model."""
     model = getattr(model_or_learner, 'model', None) if hasattr(model_or_learner, 'dls') else model_or_learner
     if not isinstance(model, nn.Module): raise TypeError(f"sparsify_model takes an nn.Module or a Learner, not {type(model_or_learner).__name__}.")
     if sparse_init_mode not in (None, 'fan_in', 'fan_out', 'fan_in_out'):
