@@ -64,7 +64,8 @@ def training():
     return ('**Whole training steps** of a fastai `Learner` with RigL: forward, backward, optimizer, callbacks, and the share of a connectivity update every 100 steps, against the same learner dense.\n\n' +
             table(['model', 'sparsity', 'dense ms', 'sparse ms', 'over dense fp32', 'aim', 'over dense bf16', 'over SparseProp', 'an update, in dense steps', 'updates, share of training'], rows) +
             f"\n\n{d['cpu']}, {d['isa']}, {d['settings']['threads']} threads, torch {d['versions']['torch']}; every contender keeps the memory that tensors free; SparseProp's swap runs the same masked model with a mask that stays{mean}. "
-            f"An update counts forward and backward of its batch, whose step it replaces; without them updates take {pct(round(most, 3))} of training at the most. Sparse training steps the optimizer in one pass over each parameter (fastsparse.steps), where fastai's Adam makes nine. Over dense training with that step, too: {fused} ([all figures](bench/results/training.json), `make bench-training`).")
+            f"An update counts forward and backward of its batch, whose step it replaces; without them updates take {pct(round(most, 3))} of training at the most. Sparse training steps the optimizer in one pass over each parameter (fastsparse.steps), where fastai's Adam makes nine. Over dense training with that step, too: {fused} ([all figures](bench/results/training.json), `make bench-training`).\n\n"
+            "![Speed-up of whole training steps over dense](bench/results/training.png)")
 
 def memory():
     d,l = load('memory'),load('large')
