@@ -279,6 +279,7 @@ def plots(points, stem):
             a.plot([slug(p['sparsity']) for p in ps], [p['over_dense'] for p in ps], 'o-', label=c)
             b.plot([p['nnz'] for p in ps], [1e3*p['seconds']['fastsparse'] for p in ps], 'o-', label=c)
         a.axhline(1, c='k', lw=.5); a.set(xlabel='sparsity', ylabel='speed-up over the best dense fp32', yscale='log', title='forward + backward')
+        a.set_yticks([1,2,5,10,20], ['1×','2×','5×','10×','20×'])
         b.set(xlabel='nonzeros', ylabel='ms', xscale='log', yscale='log', title='time against nonzeros')
         a.legend(fontsize=7); fig.tight_layout(); fig.savefig(f'{stem}-{k}.png', dpi=110); plt.close(fig)
 
