@@ -219,12 +219,12 @@ def gemm_peak():
 def machine():
     import torch
     from fastsparse import kernels as K
-    cpu = next((l.split(':')[1].strip() for l in open('/proc/cpuinfo') if l.startswith('model name')), platform.processor()) if os.path.exists('/proc/cpuinfo') else platform.processor()
+    from fastsparse.training import cpu_name
     vs = {}
     for p in ('torch', 'numpy', 'sparseprop', 'sparselab'):
         try: vs[p] = version(p)
         except Exception: pass
-    return dict(cpu=cpu, isa=K.isa(), threads=torch.get_num_threads(), clock=clock().__name__, memory_kept=KEEP.items() <= os.environ.items(), versions=vs, python=platform.python_version(),
+    return dict(cpu=cpu_name(), isa=K.isa(), threads=torch.get_num_threads(), clock=clock().__name__, memory_kept=KEEP.items() <= os.environ.items(), versions=vs, python=platform.python_version(),
                 dense_limits={k: os.environ[k] for k in ('ATEN_CPU_CAPABILITY', 'ONEDNN_MAX_CPU_ISA') if k in os.environ},
                 peak_gflops=gemm_peak(), date=datetime.now(timezone.utc).isoformat(timespec='seconds'))
 

@@ -14,13 +14,13 @@ from fastsparse.kernels import isa
 from fastsparse.large import GradientSampler, large_layers, regrow
 from fastsparse.layers import SparseLinear
 from fastsparse.score import gradient_magnitude, random_score
+from fastsparse.training import cpu_name
 
 GB = 1e9
 OPTS = dict(adam=lambda ps: torch.optim.Adam(ps, lr=1e-3, foreach=False), sgd=lambda ps: torch.optim.SGD(ps, lr=.02, momentum=.9, foreach=False))
 
 def rss(): return int(Path('/proc/self/statm').read_text().split()[1])*os.sysconf('SC_PAGE_SIZE')/GB
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024/GB
-def cpu(): return next((l.split(':')[1].strip() for l in open('/proc/cpuinfo') if l.startswith('model name')), platform.machine())
 def image_size(width): return next((h, width//h) for h in range(int(width**.5), 0, -1) if width%h == 0)
 
 def make_model(a):
@@ -101,7 +101,7 @@ def main():
             runs.append(r := json.loads(out.stdout))
             print(f"{method} {opt}: peak {r['peak_rss_gb']:.2f} GB (dense weights alone: {r['dense_weights_gb']:.0f} GB), {r['step_s']:.2f} s a step, "
                   f"an update costs {r['update_cost_in_steps']:.1f} steps; loss {r['loss_first']:.3f} → {r['loss_last']:.3f}", flush=True)
-    res = dict(bench='large', settings=settings(a), runs=runs, cpu=cpu(), isa=isa(), threads=a.threads, load=os.getloadavg()[0],
+    res = dict(bench='large', settings=settings(a), runs=runs, cpu=cpu_name(), isa=isa(), threads=a.threads, load=os.getloadavg()[0],
                versions=dict(fastsparse=fastsparse.__version__, torch=torch.__version__, numpy=numpy.__version__, python=platform.python_version()))
     Path(a.out).mkdir(parents=True, exist_ok=True)
     (Path(a.out)/f'{a.name}.json').write_text(json.dumps(res, indent=1) + '\n')

@@ -6,6 +6,7 @@ import argparse, json, platform, time
 from pathlib import Path
 import numpy as np, torch
 from fastai.vision.all import *
+from torch.utils.data import TensorDataset
 import fastsparse
 from fastsparse import *
 
@@ -17,7 +18,6 @@ def mnist_dls(path, bs, n_train=None):
     def xy(x, y, n=None):
         x = torch.from_numpy(d[x][:n]).float().div_(255).sub_(0.1307).div_(0.3081)
         return TensorDataset(x[:,None].expand(-1,3,-1,-1), torch.from_numpy(d[y][:n]).long())
-    from torch.utils.data import TensorDataset
     train = DataLoader(xy('x_train', 'y_train', n_train), bs=bs, shuffle=True, drop_last=True, num_workers=0)
     return DataLoaders(train, DataLoader(xy('x_test', 'y_test'), bs=1000, num_workers=0))
 
@@ -43,12 +43,12 @@ def main():
     t0 = time.time()
     learn.fit_one_cycle(a.epochs, a.lr, cbs=cb)
     ps = sparse_params(model)
-    res = dict(bench='mnist_resnet34', settings=vars(a), accuracy=[float(v[2]) for v in learn.recorder.values],
+    settings = {k: v for k,v in vars(a).items() if k not in ('path','out')}
+    res = dict(bench='mnist_resnet34', settings=settings, accuracy=[float(v[2]) for v in learn.recorder.values],
                valid_loss=[float(v[1]) for v in learn.recorder.values], seconds=time.time()-t0, updates=len(cb.updates) if preset else 0,
                active=sum(p.n_active for p in ps), weights=sum(p.mask.numel() for p in ps),
                threads=torch.get_num_threads(), machine=platform.machine(),
                versions=dict(fastsparse=fastsparse.__version__, torch=torch.__version__, python=platform.python_version()))
-    res['settings'] = {k:v for k,v in res['settings'].items() if k not in ('path','out')}
     out = Path(a.out); out.mkdir(parents=True, exist_ok=True)
     (out/f'mnist_resnet34_{a.method}_seed{a.seed}.json').write_text(json.dumps(res, indent=1) + '\n')
     print(f"{a.method}: {res['accuracy'][-1]:.4f} with {res['active']} of {res['weights']} weights")

@@ -21,6 +21,7 @@ from fastsparse import DynamicSparseTrainingCallback, RigL_presets, sparse_kerne
 from fastsparse.kernels import isa
 from fastsparse.layers import layer_inputs
 from fastsparse.steps import fuse_steps
+from fastsparse.training import cpu_name
 from bench_kernels import keep_memory
 
 EVERY = 100          # steps between connectivity updates, RigL's
@@ -162,10 +163,6 @@ def profile(name, s):
     with torch.profiler.profile(): steps(10)     # its own allocations settle
     with torch.profiler.profile() as prof: steps(5)
     print(prof.key_averages().table(sort_by='self_cpu_time_total', row_limit=25, max_name_column_width=60))
-
-def cpu_name():
-    try: return next(l.split(':')[1].strip() for l in open('/proc/cpuinfo') if l.startswith('model name'))
-    except (OSError, StopIteration): return platform.processor()
 
 def plot(results, path):
     import matplotlib; matplotlib.use('Agg')

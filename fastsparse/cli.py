@@ -35,6 +35,7 @@ from .reload import load_sparse_model
 from .command import InputError, add_train_options, defaults, distributions, kernels, main, make_parser, method_names, model_names
 from .interpret import count_flops, plot_sparsity, plot_training, sparsity_report
 from .topology import sparsify_model
+from .training import cpu_name
 _all_ = ['InputError', 'add_train_options', 'defaults', 'distributions', 'kernels', 'main', 'make_parser']
 
 # %% ../nbs/12_cli.ipynb #24a842df
@@ -366,11 +367,6 @@ def validate_in_fresh_process(
     return json.loads(p.stdout.strip().splitlines()[-1])
 
 # %% ../nbs/12_cli.ipynb #4014b024
-def _cpu():
-    "The processor's name, as far as the system tells."
-    try: return re.search(r'model name\s*:\s*(.+)', Path('/proc/cpuinfo').read_text())[1]
-    except (OSError, TypeError): return platform.processor() or platform.machine()
-
 def make_report(
     results:list,   # Dicts of `train_method`
     layers,         # `sparsity_report` of the model that is kept
@@ -381,7 +377,7 @@ def make_report(
     layers = layers.astype(object).where(layers.notna(), None)
     return dict(command='fastsparse train', settings=settings,
         data=dict(train=len(data.train[1][:settings['n_train']]), valid=len(data.valid[1]), shape=list(data.train[0].shape[1:]), classes=data.classes),
-        machine=dict(cpu=_cpu(), threads=torch.get_num_threads(), system=platform.platform()),
+        machine=dict(cpu=cpu_name(), threads=torch.get_num_threads(), system=platform.platform()),
         versions=dict(fastsparse=fastsparse.__version__, torch=torch.__version__, fastai=fastai.__version__, numpy=np.__version__, python=platform.python_version()),
         results=results, layers=layers.to_dict('index'))
 

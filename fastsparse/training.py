@@ -6,7 +6,7 @@
 __all__ = ['CompressedAttention', 'AttentionFunction', 'DenseGradFunction', 'DenseGrad', 'DenseGradLinear', 'DenseGradConv2d',
            'set_dense_grad', 'why_not_param', 'param_compressed', 'compress_param', 'expand_param', 'compress_params',
            'expand_model', 'best_vacant', 'best_by_bf16', 'CompressedUpdate', 'forget_updates', 'hide_compression',
-           'show_compression', 'cache_path', 'TimingCache', 'layer_timing', 'SparseCompute']
+           'show_compression', 'cache_path', 'cpu_name', 'TimingCache', 'layer_timing', 'SparseCompute']
 
 # %% ../nbs/06a_training.ipynb #2de35d24
 import json, numpy as np, os, platform
@@ -714,12 +714,15 @@ def cache_path() -> Path:
 
 # %% ../nbs/06a_training.ipynb #0878bd28
 @lru_cache
-def _cpu():
-    try:
-        with open('/proc/cpuinfo') as f: lines = dict(l.split(':', 1) for l in f.read().split('\n\n')[0].splitlines() if ':' in l)
-        lines = {k.strip(): v.strip() for k,v in lines.items()}
-        return lines['model name'] + (f" m{lines['model']}" if 'model' in lines else '')
-    except (OSError, KeyError): return platform.processor() or platform.machine()
+def _cpuinfo():
+    "What Linux says of the first processor."
+    try: lines = Path('/proc/cpuinfo').read_text().split('\n\n')[0].splitlines()
+    except OSError: return {}
+    return {k.strip(): v.strip() for k,_,v in (l.partition(':') for l in lines)}
+
+def cpu_name() -> str:
+    "The processor's name, as far as the system tells."
+    return _cpuinfo().get('model name') or platform.processor() or platform.machine()
 
 @lru_cache
 def _built():
@@ -730,7 +733,8 @@ def _built():
 def _machine():
     "What a timing depends on besides the layer."
     from fastsparse import __version__
-    return f"{_cpu()} | {kernels.isa()} | {torch.get_num_threads()} threads | torch {torch.__version__} | fastsparse {__version__}, kernels of {_built()}"
+    model = f" m{m}" if (m := _cpuinfo().get('model')) else ''
+    return f"{cpu_name()}{model} | {kernels.isa()} | {torch.get_num_threads()} threads | torch {torch.__version__} | fastsparse {__version__}, kernels of {_built()}"
 
 # %% ../nbs/06a_training.ipynb #f2eda5da
 class TimingCache:
