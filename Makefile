@@ -5,7 +5,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 KERNEL_SOURCES := $(wildcard kernels/*.cpp kernels/*.h kernels/*.inc)
 DEMO_DIR ?= demo
 
-.PHONY: demo test sync notebooks pytest kernels prep clean bench-training
+.PHONY: demo test sync notebooks pytest kernels prep lessons clean bench-training
 .DEFAULT_GOAL := test
 
 # The environment, remade when what it is made from changes; `pip install -e` also compiles the kernels.
@@ -36,6 +36,11 @@ pytest: .venv/.installed
 # For contributors: regenerate the package after editing notebooks.
 prep: .venv/.installed
 	nbdev-export && nbdev-clean
+
+# Run the notebooks and keep what their cells show, for those who read them where nothing runs. Timings are this machine's.
+lessons: .venv/.installed
+	cd nbs && for n in *.ipynb; do OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore exec_nb $$n --dest $$n --exc-stop || exit 1; done
+	nbdev-clean
 
 kernels: .venv/.installed
 	FASTSPARSE_REQUIRE_KERNELS=1 $(BIN)/python setup.py build_ext --inplace
