@@ -428,7 +428,7 @@ class DynamicSparseTrainingCallback(_QuickCallback):
             if not param_compressed(p): self.kernels.expand(p)
             elif p.param.requires_grad:
                 self.plans[p.name] = CompressedUpdate(p, self.learn.opt, self._fraction(), self.keep_score_f, self.grow_score_f, wants,
-                    one_batch=self.n_acc == 1 and self.update_replaces_step and needs_dense_grad(self.keep_score_f) == 'never',
+                    one_batch=self.n_acc == 1 and self.update_replaces_step and self.keep_score_f in (weight_magnitude, random_score),
                     alive=lambda: self.learn is not None)
 
     def before_step(self):

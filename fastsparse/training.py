@@ -504,7 +504,7 @@ class CompressedUpdate:
         keep_score_f,    # Elementwise keep score
         grow_score_f,    # Elementwise grow score
         wants_grad:bool, # Does `grow_score_f` look at the gradient?
-        one_batch:bool=True, # Does a step have one backward only? Else what makes the gradient is kept until `decide`
+        one_batch:bool=True, # Does a step have one backward only, and `keep_score_f` look at no gradient? Else what makes the gradient is kept until `decide`
         alive=lambda: True,  # Is anybody still waiting for the gradient? An interrupted run is not
     ):
         if not p.mask.is_contiguous(): p.mask.data = p.mask.contiguous()      # `.to(memory_format=torch.channels_last)` takes masks along

@@ -529,6 +529,13 @@ def test_elementwise_scores_see_weights_and_gradients(grow):
     off,on = [run(learner(), 4, dst(on=on, grow_score_f=f)) for on in (False, True)]
     assert close(off.model.state_dict(), on.model.state_dict(), 1e-3, 1e-5)
 
+@pytest.mark.parametrize('when', ['never', 'update'])
+def test_an_elementwise_keep_score_sees_the_gradient_of_active_connections(when):
+    from fastsparse import dense_grad
+    f = dense_grad(when, elementwise=True)(lambda p,opt: (p*p.grad).abs())
+    off,on = [run(learner(), 4, dst(on=on, keep_score_f=f)) for on in (False, True)]
+    assert close(off.model.state_dict(), on.model.state_dict(), 1e-3, 1e-5)
+
 def test_updates_under_cpu_autocast_and_of_layers_called_by_keyword():
     class Net(nn.Module):
         def __init__(self):
