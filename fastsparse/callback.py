@@ -9,7 +9,7 @@ __all__ = ['SET_presets', 'SNFS_presets', 'RigL_presets', 'dl_batch_sizes', 'bor
 
 # %% ../nbs/07_callback.ipynb #ab246743
 import warnings, weakref
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from numbers import Integral, Real
 import numpy as np, torch
@@ -113,6 +113,10 @@ def _needs_every_grad(cbs, p):
     "Does any of the callbacks need the whole weight gradient of `p` at every step?"
     return any(cb._every_grad and cb._moves(p) for cb in cbs if isinstance(cb, DynamicSparseTrainingCallback))
 
+def _needs_dense_layers(cbs):
+    "Does any of the callbacks have scores that look at whole layers, and an update at the coming step?"
+    return any(cb._due and not cb._elementwise and not cb._every_grad for cb in cbs if isinstance(cb, DynamicSparseTrainingCallback) and not cb.idle)
+
 class KernelSwitch:
     "The part of a callback that puts layers on the compiled kernels and takes them off again."
     def __init__(self, mode, threshold, keep):
@@ -207,7 +211,7 @@ class SparseKernelsCallback(_QuickCallback):
         if only_validates(self.learn): return
         if not sparse_params(self.learn.model): raise ValueError("no layer has a mask: call `sparsify_model(learn.model, sparsity)` before training.")
         self.kernels.start(self.learn)
-    def before_batch(self): self.kernels.set(dense=False)
+    def before_batch(self): self.kernels.set(dense=_needs_dense_layers(self.learn.cbs))
     def before_step(self): self.kernels.begin()
     def after_batch(self): self.kernels.settle()
     def after_fit(self):
@@ -410,7 +414,7 @@ class DynamicSparseTrainingCallback(_QuickCallback):
         self.wants_dense_grad = self._wants()
         if self.wants_dense_grad: self._own(self._params())      # a layer may have been unfrozen
         if self.wants_dense_grad and not self._every_grad: self._plan()
-        else: self.kernels.set(dense=False)
+        else: self.kernels.set(dense=_needs_dense_layers(self.learn.cbs))
         if self._due and needs_dense_grad(self.grow_score_f) == 'update' and self._large(): self._sample(True)
 
     def _wants(self): return self._every_grad or (self._due and any(needs_dense_grad(f) == 'update' for f in self._scores))
@@ -422,7 +426,7 @@ class DynamicSparseTrainingCallback(_QuickCallback):
         if self.planned_for == self.i_step: return
         self._forget_plans()
         self.planned_for = self.i_step
-        if not self._elementwise: return self.kernels.set(dense=True)
+        if _needs_dense_layers(self.learn.cbs): return self.kernels.set(dense=True)
         wants = needs_dense_grad(self.grow_score_f) == 'update'
         for p in self._params():
             if not param_compressed(p): self.kernels.expand(p)
@@ -431,9 +435,23 @@ class DynamicSparseTrainingCallback(_QuickCallback):
                     one_batch=self.n_acc == 1 and self.update_replaces_step and self.keep_score_f in (weight_magnitude, random_score),
                     alive=lambda: self.learn is not None)
 
+    @property
+    def _peers(self):
+        "The callbacks that share the step with this one, itself among them, in fastai's order."
+        return [cb for cb in self.learn.cbs.sorted('order') if isinstance(cb, DynamicSparseTrainingCallback) and cb.run and cb.run_train and not cb.idle]
+
     def before_step(self):
-        "Update connectivity if it is time. Position counts the steps that get here."
-        if self.idle: return
+        "Update connectivity if it is time. Position counts the steps that get here. There is one step for all callbacks: the first sees to it."
+        if self.idle or (peers := self._peers)[0] is not self: return
+        todo = [(cb, *t) for cb in peers if (t := cb._arrive())]
+        if not todo: return
+        try: self._step(todo)
+        finally:
+            for cb,*_ in todo: cb._leave()
+        raise CancelStepException()
+
+    def _arrive(self):
+        "Count the step: if there is anything to do, masked layers, layers born sparse, the share to move (`None`: no update), and does the update replace the step?"
         self.kernels.begin()
         due = self._due
         if due: self._plan()
@@ -443,12 +461,12 @@ class DynamicSparseTrainingCallback(_QuickCallback):
         ps = [p for p in self._params() if p.param.requires_grad and p.param.grad is not None and (p.name not in self.plans or self.plans[p.name].ready)]
         large = [p for p in self._large() if p.param.requires_grad and p.param.grad is not None and (self.sampler is None or self.sampler.reached(p))]
         if due: self.pending = not ((self.sampler is None or self.sampler.finite) and all(_finite(p.param.grad) for p in ps+large) and all(self.plans[p.name].is_finite() for p in ps if p.name in self.plans))
-        try: self._step(ps, large, fraction if not self.pending else None, replaced=due and self.update_replaces_step)
-        finally:
-            self.wants_dense_grad = self._every_grad
-            self._forget_plans()
-            self._sample(False)
-        raise CancelStepException()
+        return ps, large, fraction if not self.pending else None, due and self.update_replaces_step
+
+    def _leave(self):
+        self.wants_dense_grad = self._every_grad
+        self._forget_plans()
+        self._sample(False)
 
     def after_cancel_step(self):
         "Should another callback have skipped an update's step: what was seen of its batch is of no use to the next."
@@ -456,15 +474,18 @@ class DynamicSparseTrainingCallback(_QuickCallback):
         self._forget_plans()
         self._sample(False)
 
-    def _step(self, ps, large, fraction, replaced):
-        "An optimizer step unless `replaced`, and the update that moves `fraction`, if there is one."
-        if self._every_grad:
-            with borrowed_slots(ps, self.learn.opt, self.off_mask):
-                if not replaced: self._plain_step({p.name for p in ps})
-                if fraction is not None: self._update(ps, large, fraction)
-            return
-        if not replaced: self._plain_step()
-        if fraction is not None: self._update(ps, large, fraction)
+    def _step(self, todo):
+        "An optimizer step unless an update replaces it, and the updates that are due. Of two that would move the same layer, the second waits for the next step."
+        whole,moved = [(cb,ps) for cb,ps,*_ in todo if cb._every_grad],set()
+        with ExitStack() as stack:
+            for cb,ps in whole: stack.enter_context(borrowed_slots(ps, self.learn.opt, cb.off_mask))
+            if not any(replaced for *_,replaced in todo): self._plain_step({p.name for _,ps in whole for p in ps})
+            for cb,ps,large,fraction,_ in todo:
+                if fraction is None: continue
+                names = {p.name for p in ps+large}
+                cb.pending = bool(names & moved)
+                if not cb.pending: cb._update(ps, large, fraction)
+                moved |= names
 
     def _plain_step(self, whole=()):
         "An optimizer step that sees no gradient off the masks, whichever callback has asked for it, but for the names in `whole`."

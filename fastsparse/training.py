@@ -912,6 +912,7 @@ class SparseCompute:
 
     def expand(self, p):
         "Swap one parameter out until `sparse`."
+        set_dense_grad(p.module, False)
         expand_param(p, self.opt)
         _settle_attention(self.model)
 

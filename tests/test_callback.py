@@ -435,6 +435,30 @@ def test_two_callbacks_due_at_once(other):
     kw = dict(sparse_kernels=False, every=2)
     fit(learn, 3, cbs=[dst('SET', sparse_modules=first, **kw), dst(other, sparse_modules=rest, **kw), *watches(learn)])
 
+@pytest.mark.parametrize('first,second', [(a, b) for a in presets for b in presets])
+def test_two_callbacks_keep_their_schedules(first, second):
+    learn = toy_learner(.7)
+    one,*rest = [p.module for p in sparse_params(learn.model)]
+    cbs = [dst(first, 3, sparse_modules=one, sparse_kernels=False), dst(second, 4, sparse_modules=rest, sparse_kernels=False)]
+    fit(learn, 3, cbs=[*cbs, *watches(learn)])
+    for cb in cbs: assert [u['step'] for u in cb.updates] == [i for i in range(24) if is_update_step(i, 24, cb.every, cb.stop_pct)]
+
+@pytest.mark.parametrize('method', ['RigL', 'SNFS'])
+def test_one_step_serves_two_callbacks(method):
+    "Two that do the same, each in a part of the model, are one that does it everywhere."
+    def run(split):
+        learn = toy_learner(.7)
+        parts = [p.module for p in sparse_params(learn.model)]
+        fit(learn, 3, cbs=[dst(method, sparse_modules=o, redistribute_f=None, sparse_kernels=False) for o in ([parts[:1], parts[1:]] if split else [parts])])
+        return state(learn.model)
+    assert same(run(False), run(True))
+
+def test_of_two_callbacks_for_one_layer_the_second_waits():
+    learn = toy_learner(.7)
+    cbs = [dst(m, 4, sparse_kernels=False) for m in ('SET', 'RigL')]
+    fit(learn, 3, cbs=[*cbs, *watches(learn)])
+    assert [[u['step'] for u in cb.updates] for cb in cbs] == [[4, 8, 12, 16, 20], [5, 9, 13, 17]]
+
 def test_whole_numbers_of_numpy_are_whole_numbers():
     cb = dst('SET', np.int64(3))
     fit(toy_learner(), 1, cbs=cb)

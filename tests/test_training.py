@@ -921,14 +921,18 @@ def test_channels_last_models_are_updated_on_the_kernels(preset):
         return [p.mask for p in sparse_params(learn.model)]
     for a,b in zip(run(torch.contiguous_format), run(torch.channels_last)): assert torch.equal(a, b)
 
-@pytest.mark.parametrize('names', [('SNFS', 'RigL'), ('RigL', 'SNFS'), ('SNFS', 'SNFS'), ('SNFS', None)], ids=str)
-def test_snfs_beside_another_callback_that_switches_kernels(names):
+@pytest.mark.parametrize('every', [3, 4])
+@pytest.mark.parametrize('names', [('SNFS', 'RigL'), ('RigL', 'SNFS'), ('SNFS', 'SNFS'), ('SNFS', None), ('RigL', 'own'), ('own', 'SET'), ('SNFS', 'own'), ('own', None)], ids=str)
+def test_beside_another_callback_that_switches_kernels(names, every):
+    presets = dict(PRESETS, own=dict(RigL_presets, grow_score_f=lambda p,opt: p.grad.abs()))      # looks at whole layers
     def run(kernels):
         learn = learner()
         parts = [learn.model[0], learn.model[2]]
-        cbs = [DynamicSparseTrainingCallback(**{**PRESETS[n], 'batches_per_update': 3+i}, sparse_modules=parts[i], sparse_kernels=kernels, sparsity_threshold=.5) if n else SparseKernelsCallback(kernels, .5)
+        cbs = [DynamicSparseTrainingCallback(**{**presets[n], 'batches_per_update': every if i else 3}, sparse_modules=parts[i], sparse_kernels=kernels, sparsity_threshold=.5) if n else SparseKernelsCallback(kernels, .5)
                for i,n in enumerate(names) if n or kernels]
+        torch.manual_seed(5)
         with quiet(learn): learn.fit(2, cbs=cbs)
+        assert all(cb.updates for cb in cbs if hasattr(cb, 'updates'))
         return learn.model.state_dict()
     a,b = run(False),run(True)
     for k in a: torch.testing.assert_close(a[k], b[k], rtol=1e-4, atol=1e-5, msg=k)
