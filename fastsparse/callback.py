@@ -413,8 +413,8 @@ class DynamicSparseTrainingCallback(_QuickCallback):
         if self.idle: return
         self.wants_dense_grad = self._wants()
         if self.wants_dense_grad: self._own(self._params())      # a layer may have been unfrozen
+        self.kernels.set(dense=_needs_dense_layers(self.learn.cbs))
         if self.wants_dense_grad and not self._every_grad: self._plan()
-        else: self.kernels.set(dense=_needs_dense_layers(self.learn.cbs))
         if self._due and needs_dense_grad(self.grow_score_f) == 'update' and self._large(): self._sample(True)
 
     def _wants(self): return self._every_grad or (self._due and any(needs_dense_grad(f) == 'update' for f in self._scores))

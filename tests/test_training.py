@@ -317,6 +317,24 @@ def test_resume_on_the_kernels_is_bit_identical(method, every, tmp_path):
     resumed = run(learner(seed=3), 4, dst(method), CheckpointCallback(tmp_path/'c', every), ResumeCallback(tmp_path/'c'))
     assert close(through.model.state_dict(), resumed.model.state_dict(), 0, 0)
 
+@pytest.mark.parametrize('second', [None, 'SNFS'])
+def test_a_run_resumed_where_an_update_is_due_is_on_the_kernels_at_once(second, tmp_path):
+    "In the first batch of an epoch."
+    class Look(Callback):
+        run_valid = False
+        def before_fit(self): self.seen = {}
+        def after_pred(self): self.seen[self.learn.epoch,self.learn.iter] = [param_compressed(p) for p in sparse_params(self.learn.model)]
+    def start(seed, *cbs):
+        learn = learner(Conv, seed=seed)
+        parts = [learn.model.c1, learn.model.c2] if second else [None]
+        return run(learn, 4, *[dst(n, every=8, sparse_modules=m) for n,m in zip(('RigL', second), parts)], *cbs)
+    looks = Look(),Look()
+    through = start(0, looks[0])
+    with pytest.raises(KeyboardInterrupt): start(0, CheckpointCallback(tmp_path/'c'), Raise('after_batch', 12, order=100))
+    resumed = start(3, ResumeCallback(tmp_path/'c'), looks[1])
+    assert any(looks[0].seen[1,0]) and looks[0].seen[1,0] == looks[1].seen[1,0]
+    assert close(through.model.state_dict(), resumed.model.state_dict(), 0, 0)
+
 @pytest.mark.parametrize('loss_func', [CrossEntropyLossFlat(), FocalLossFlat()], ids=['flat', 'focal'])
 def test_a_run_with_fastais_losses_resumes(loss_func, tmp_path):
     "Their values are tensors of fastai's own kind."
