@@ -569,6 +569,5 @@ class EverActive(_ModelMetric):
     @property
     def value(self):
         ps = sparseable_params(self.learn.model) if self.learn else []
-        cb = next((cb for cb in self.learn.cbs if isinstance(cb, DynamicSparseTrainingCallback)), None) if ps else None
-        seen = cb.seen if cb is not None else {}
+        seen = {k: bits for cb in self.learn.cbs if isinstance(cb, DynamicSparseTrainingCallback) for k,bits in cb.seen.items()} if ps else {}
         return sum(n_bits(seen[p.name]) if p.name in seen else p.n_active for p in ps)/sum(p.n_weights for p in ps) if ps else None

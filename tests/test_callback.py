@@ -453,6 +453,16 @@ def test_one_step_serves_two_callbacks(method):
         return state(learn.model)
     assert same(run(False), run(True))
 
+def test_ever_active_of_two_callbacks():
+    learn = toy_learner(.7)
+    one,*rest = [p.module for p in sparse_params(learn.model)]
+    seen = masks(learn.model)
+    def see(learn):
+        for n,m in masks(learn.model).items(): seen[n] |= m
+    learn.metrics = [EverActive()]
+    fit(learn, 3, cbs=[dst('SET', 2, sparse_modules=one), dst('RigL', 2, sparse_modules=rest), At('after_batch', see, order=300)])
+    assert learn.recorder.values[-1][-1] == sum(int(m.sum()) for m in seen.values())/sum(m.numel() for m in seen.values())
+
 def test_of_two_callbacks_for_one_layer_the_second_waits():
     learn = toy_learner(.7)
     cbs = [dst(m, 4, sparse_kernels=False) for m in ('SET', 'RigL')]
