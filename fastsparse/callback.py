@@ -386,7 +386,7 @@ class DynamicSparseTrainingCallback(_QuickCallback):
             raise ValueError("GradientAccumulation counts samples, but the training loader doesn't tell its batch size (batch_size=None or a batch_sampler of its own), so updates can't be laid out. Give it a batch size, or accumulate nothing.")
         self.steps_before = cumulative_steps(dl_batch_sizes(self.learn.dls.train), self.learn.n_epoch, self.n_acc)
         self.n_steps,self.i_step = self.steps_before[-1],0
-        self.every = self.batches_per_update or (100 if self.update_replaces_step else max(1, self.n_steps//max(1, self.learn.n_epoch)))
+        self.every = self.batches_per_update or (100 if self.update_replaces_step else max(1, round(self.n_steps/max(1, self.learn.n_epoch))))
         if not any(is_update_step(i, self.n_steps, self.every, self.stop_pct) for i in range(self.n_steps)):
             warnings.warn(f"connectivity will not change: no update falls into {self.n_steps} optimizer steps at batches_per_update={self.every}. Lower it.")
         self.kernels.start(self.learn)

@@ -52,7 +52,7 @@ def opt_slots(
 # %% ../nbs/03_score.ipynb #06c06486
 def dense_grad(
     when:str, # 'never', 'update' (on the batch of a connectivity update) or 'always' (at every step)
-    elementwise:bool=False, # A weight's score depends on nothing but this weight and its gradient
+    elementwise:bool=False, # A weight's score depends on nothing but this weight and its gradient (on the kernels, inactive weights' as backward left it, not clipped)
 ):
     """Decorator: this score needs the gradient of inactive weights `when`. Raises `ValueError` for any other word.
     Elementwise scores allow a layer that stores only its nonzeros to be updated without ever being made dense."""

@@ -173,6 +173,12 @@ def test_presets_are_the_papers():
         fit(toy_learner(n=n*2, bs=2), 1 if m == 'RigL' else 3, cbs=cb)
         assert [u['step'] for u in cb.updates] == steps
 
+def test_once_an_epoch_where_an_epoch_is_no_whole_number_of_steps():
+    "1½ steps: every second, not each."
+    cb = DST(**SET_presets)
+    fit(toy_learner(n=24, bs=8), 12, cbs=[cb, GradientAccumulation(16)])
+    assert cb.n_steps == 18 and [u['step'] for u in cb.updates] == list(range(2, 17, 2))
+
 # --- what an update does to a step
 
 def params_of(learn): return {n: p.detach().clone() for n,p in learn.model.named_parameters()}
