@@ -91,8 +91,18 @@ Sums optional_sums(const py::object& o, const char* name, Want want) {
     return {output(a, name, want), nullptr};
 }
 
+// PyTorch tells OpenMP its number of threads in each thread of Python's, but only once something there asks for it.
+int torch_threads() {
+    thread_local bool told = false;
+    if (!told && tensor_type()) {
+        py::module_::import("torch").attr("get_num_threads")();
+        told = true;
+    }
+    return max_threads();
+}
+
 int threads_of(const py::object& t) {
-    if (t.is_none()) return max_threads();
+    if (t.is_none()) return torch_threads();
     const i64 n = t.cast<i64>();
     if (n < 1 || n > 4096) throw py::value_error("threads is " + std::to_string(n) + ", expected 1 or more");
     return int(n);
@@ -570,7 +580,7 @@ PYBIND11_MODULE(_kernels, m) {
     m.def("set_isa", set_isa, "name"_a);
     m.def("kernel_table", kernel_table);
     m.def("threading", threading);
-    m.def("max_threads", max_threads);
+    m.def("max_threads", torch_threads);
     m.def("keep_freed_memory", keep_freed_memory, "on"_a);
     m.def("batch_norm_forward", &norm_forward, "x"_a, "weight"_a.none(true), "bias"_a.none(true), "eps"_a, "mean"_a, "var"_a, "out"_a, "threads"_a = py::none());
     m.def("batch_norm_backward", &norm_backward, "x"_a, "dy"_a, "mean"_a, "var"_a, "weight"_a.none(true), "eps"_a, "dx"_a.none(true), "dweight"_a, "dbias"_a,

@@ -516,6 +516,19 @@ assert len(maps) == 1, maps
 '''
     subprocess.run([sys.executable, '-c', code], check=True)
 
+def test_other_threads_of_python_take_as_many_threads():
+    code = '''
+import threading, torch
+from fastsparse import kernels as K
+seen = []
+for n in (1, 3):
+    torch.set_num_threads(n)
+    t = threading.Thread(target=lambda: seen.append(K.max_threads()))
+    t.start(); t.join()
+assert seen == [1, 3], seen
+'''
+    subprocess.run([sys.executable, '-c', code], check=True, env={**os.environ, 'OMP_NUM_THREADS': '2'})
+
 def test_serial_without_openmp():
     code = '''
 from fastsparse import _kernels
