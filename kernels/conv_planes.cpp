@@ -4,6 +4,7 @@
 // vectors ("shifted"): a load that straddles two cache lines costs two there, and all are aligned then.
 #include "conv.h"
 #include <algorithm>
+#include <limits>
 
 namespace fastsparse {
 namespace {
@@ -247,6 +248,7 @@ void set_planes_block(Gather& g) {
 
 // Pixels are taken in the image's own order, so that a vector of the packed channel is a mask and a place to read from.
 void set_expansion(Gather& g) {
+    if (g.in_h > std::numeric_limits<i32>::max() / std::max<i64>(1, g.in_w)) return;   // more pixels than `from` can tell
     if (g.direct || g.steps() > 1 || g.width > 16 || (!g.shifted && (g.block < g.t_rows || g.in_w > g.pw + g.dx_min))) return;
     const i64 rows = g.blocks() * g.block + g.dy_max - g.dy_min, vectors = g.shifted ? rows * g.pw / g.width : g.plane / g.width;
     g.keep.assign(size_t(g.side * vectors), 0);

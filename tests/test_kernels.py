@@ -652,6 +652,14 @@ def test_sizes_beyond_32_bits_are_errors():
     with pytest.raises(OverflowError): K.Conv2dPlan(np.zeros(2, np.int64), np.empty(0, np.int32), 1, 2**31, 1, 1)
     with pytest.raises(OverflowError): K.Conv2dPlan(np.zeros(2, np.int64), np.empty(0, np.int32), 1, 2**20, 2**10, 2**10)
 
+def test_an_image_of_more_pixels_than_32_bits_count():
+    h, w = 2**23 + 2**16, 255
+    try: x, dy = (np.zeros((1, 1, h, w), np.float32) for _ in range(2))   # the system's zeros, which take no memory
+    except MemoryError: pytest.skip('not enough address space')
+    x[0, 0, -1, 100:103], dy[0, 0, -1, 101], dv = (1, 2, 3), 10, empty(3)
+    K.Conv2dPlan.from_mask(np.ones((1, 1, 1, 3)), padding=(0, 0, 1, 1)).backward_weight(x, dy, dv, 1)
+    assert dv.tolist() == [10, 20, 30]
+
 def test_degenerate_sizes(isa):
     for o, i, b in [(0, 5, 3), (5, 0, 3), (0, 0, 3), (5, 4, 0)]:
         p = K.LinearPlan.from_mask(np.zeros((o, i)))
