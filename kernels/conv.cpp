@@ -240,14 +240,14 @@ void Conv2dPlan::backward_input(const float* dy, i64 n, i64 h, i64 w, const floa
 
 void Conv2dPlan::backward_weight(const float* x, const float* dy, i64 n, i64 h, i64 w, float* dvalues, int threads) const {
     const Isa& isa = current_isa();
-    if (!n || !s_.out_h(h) || !s_.out_w(w)) { std::fill(dvalues, dvalues + nnz(), 0.f); return; }
+    if (!n || !nnz() || !s_.out_h(h) || !s_.out_w(w)) { std::fill(dvalues, dvalues + nnz(), 0.f); return; }
     const auto g = gather(false, n, h, w, isa.width, planes(n, h, w));
     (g->planes ? sample_planes : sample_batch)(isa, *g, x, dy, n, dvalues, threads);
 }
 
 void Conv2dPlan::backward(const float* x, const float* dy, i64 n, i64 h, i64 w, const float* values, float* dx, float* dvalues, int threads) const {
     const Isa& isa = current_isa();
-    if (n && s_.ic() && s_.oc && s_.out_h(h) && s_.out_w(w)) {
+    if (n && nnz() && s_.out_h(h) && s_.out_w(w)) {
         const bool flat = planes(n, h, w);
         const auto f = gather(false, n, h, w, isa.width, flat), b = gather(true, n, h, w, isa.width, flat);
         if (!flat && shares_gradient_batch(*f, *b)) return backward_batch(isa, *f, *b, x, dy, n, values, dx, dvalues, threads);

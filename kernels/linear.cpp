@@ -67,6 +67,7 @@ struct Work {
             ps.begin(c, p), ps.count(c, p), y, lanes, 0, b.width, bias, p == 0, ps.perm.empty() ? nullptr : ps.perm.data(), half});
     }
     void sample(const Csr& a, const Panels& ps, i64 c, i64 p, const float* x, const float* dy, float* dvalues, bool add) const {
+        if (!a.nnz()) return;
         const int parts = int(b.lanes(t) / lanes);   // of which this is the first
         isa.find(op_sddmm, parts, int(lanes / b.width), Lay::packed).sddmm({x + p * ps.width * lanes, lanes, lanes * a.cols, b.width, ps.entries(c, p),
             ps.begin(c, p), ps.count(c, p), dy, lanes, lanes * a.rows, dvalues, add});
