@@ -983,6 +983,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'fastsparse.training._twin': ('training.html#_twin', 'fastsparse/training.py'),
                                      'fastsparse.training._unpack_attention': ('training.html#_unpack_attention', 'fastsparse/training.py'),
                                      'fastsparse.training._weight_grad': ('training.html#_weight_grad', 'fastsparse/training.py'),
+                                     'fastsparse.training._why_not_attention': ( 'training.html#_why_not_attention',
+                                                                                 'fastsparse/training.py'),
                                      'fastsparse.training.best_by_bf16': ('training.html#best_by_bf16', 'fastsparse/training.py'),
                                      'fastsparse.training.best_vacant': ('training.html#best_vacant', 'fastsparse/training.py'),
                                      'fastsparse.training.cache_path': ('training.html#cache_path', 'fastsparse/training.py'),

@@ -229,17 +229,24 @@ def set_dense_grad(m, on):
 # %% ../nbs/06a_training.ipynb #956d503f
 def why_not_param(
     p:SparseParam, # A masked parameter
+    model:nn.Module=None, # What it is part of: an attention asks for more of its output projection than a Linear would
 ) -> str: # `None`: it can be compressed
     "Why `p` can't be stored by its nonzeros."
     m = p.module
-    if isinstance(m, nn.MultiheadAttention):
-        if not m._qkv_same_embed_dim: return 'attention with key or value sizes of their own'
-        if m.bias_k is not None or m.add_zero_attn: return 'attention with added keys'
-        return None
+    attention = next((a for a in (m if model is None else model).modules() if isinstance(a, nn.MultiheadAttention) and m in (a, getattr(a, 'out_proj', None))), None)
+    if attention is not None and (why := _why_not_attention(attention)): return why
+    if m is attention: return None if p.pname == 'in_proj_weight' else 'its weight is computed from other parameters'
     if isinstance(m, nn.Conv2d) and m.groups > 1 and p.mask.shape[1] == 1: return 'depthwise convolution, nothing to gain'
     return None if p.pname == 'weight' and isinstance(m, _projection) else why_not_compress(m)
 
 _projection = nn.modules.linear.NonDynamicallyQuantizableLinear
+
+def _why_not_attention(m):
+    "Why `CompressedAttention` can't take the place of `m`, whichever of its projections is compressed."
+    if type(m) not in (nn.MultiheadAttention, CompressedAttention): return f'it is in a {type(m).__name__}, not exactly an nn.MultiheadAttention'
+    if 'forward' in vars(m): return 'it is in an attention with a `forward` of its own'
+    if not m._qkv_same_embed_dim: return 'attention with key or value sizes of their own'
+    if m.bias_k is not None or m.add_zero_attn: return 'attention with added keys'
 
 # %% ../nbs/06a_training.ipynb #5967a746
 def param_compressed(
@@ -299,7 +306,7 @@ def expand_param(
 def _settle_attention(model):
     "Give each attention the class that its projections need, and open or close the fused path."
     for m in model.modules():
-        if isinstance(m, nn.MultiheadAttention):
+        if type(m) in (nn.MultiheadAttention, CompressedAttention):
             inside = 'in_proj_weight_indices' in m._buffers or is_compressed(m.out_proj)
             m.__class__ = CompressedAttention if inside else nn.MultiheadAttention
             if not is_compressed(m.out_proj) and type(m.out_proj) is nn.Linear: m.out_proj.__class__ = _projection
@@ -850,7 +857,7 @@ class SparseCompute:
             return f"its score needs every step's dense gradient, and it is a {type(p.module).__name__}"
         if not self.dense_grad(p) and sum(q is p.param for m in self.model.modules() for q in m._parameters.values()) > 1:
             return 'its weight is shared with another module'
-        return None if param_compressed(p) or isinstance(p.module, DenseGrad) else why_not_param(p)
+        return None if param_compressed(p) or isinstance(p.module, DenseGrad) else why_not_param(p, self.model)
 
     def watch(self):
         "Note the input of every layer in the next forward."

@@ -266,6 +266,29 @@ def test_attention_asks_for_the_mask_that_torch_asks_for():
         m.batch_first = batch_first
         with torch.no_grad(), pytest.raises(RuntimeError, match='Need attn_mask') if raises else nullcontext(): m(x, key, x, is_causal=True, need_weights=False)
 
+class Doubled(nn.MultiheadAttention):
+    def forward(self, *args, **kw):
+        y,w = super().forward(*args, **kw)
+        return 2*y, w
+
+class Attending(nn.Module):
+    "Two queries that look at 6 numbers."
+    def __init__(self, cls=nn.MultiheadAttention, size=16, **kw):
+        super().__init__()
+        self.embed,self.q,self.attn,self.head = nn.Linear(1, size),nn.Parameter(torch.randn(2, 16)),cls(16, 2, batch_first=True, **kw),nn.Linear(32, 3)
+    def forward(self, x):
+        h = self.embed(x[...,None])
+        return self.head(self.attn(self.q.expand(len(x), -1, -1), h, h)[0].flatten(1))
+
+@pytest.mark.parametrize('kw', [dict(add_bias_kv=True), dict(add_zero_attn=True), dict(size=5, kdim=5, vdim=5), dict(cls=Doubled)])
+def test_attention_that_the_kernels_do_not_know_stays_as_it_is(kw):
+    "All of it: its output projection is only called by it."
+    a,b = (run(learner(partial(Attending, **kw)), 2, dst(on=on)) for on in ('auto', False))
+    for (n,p),q in zip(a.model.named_parameters(), b.model.parameters()): torch.testing.assert_close(p, q, msg=n)
+    assert type(a.model.attn) is type(b.model.attn) is kw.get('cls', nn.MultiheadAttention)
+    assert 'attention' in sparse_kernels_report(a).why['attn.out_proj.weight'].lower()
+    with pytest.raises(ValueError, match='attn.out_proj.weight: .*ttention'): run(learner(partial(Attending, **kw)), 1, dst())
+
 def test_an_interrupted_run_leaves_memory_to_the_next_to_give_back(monkeypatch):
     asked = []
     monkeypatch.setattr(training.kernels, 'keep_freed_memory', lambda on: asked.append(on) or True)
