@@ -142,14 +142,14 @@ class KernelSwitch:
         "One parameter, dense for the next batch."
         if self.compute is not None: self.compute.expand(p)
 
-    def begin(self):
+    def begin(self, learn):
         "Before a step: in the first one, swap before the optimizer makes dense slots."
-        if self.compute is not None and not self.compute.settled: self.settle()
+        if self.compute is not None and not self.compute.settled: self.settle(learn)
 
-    def settle(self):
+    def settle(self, learn):
         "After a batch."
         if self.compute is None or not self.stale or not self.compute.inputs: return
-        self.compute.decide()
+        self.compute.decide(vars(learn).get('loss_grad'))
         self.compute.sparse()
         self._set_steps()
         self.stale = False
@@ -212,8 +212,8 @@ class SparseKernelsCallback(_QuickCallback):
         if not sparse_params(self.learn.model): raise ValueError("no layer has a mask: call `sparsify_model(learn.model, sparsity)` before training.")
         self.kernels.start(self.learn)
     def before_batch(self): self.kernels.set(dense=_needs_dense_layers(self.learn.cbs))
-    def before_step(self): self.kernels.begin()
-    def after_batch(self): self.kernels.settle()
+    def before_step(self): self.kernels.begin(self.learn)
+    def after_batch(self): self.kernels.settle(self.learn)
     def after_fit(self):
         if not only_validates(self.learn): self.kernels.stop()
     def state_dict(self): return self.kernels.state_dict()
@@ -452,7 +452,7 @@ class DynamicSparseTrainingCallback(_QuickCallback):
 
     def _arrive(self):
         "Count the step: if there is anything to do, masked layers, layers born sparse, the share to move (`None`: no update), and does the update replace the step?"
-        self.kernels.begin()
+        self.kernels.begin(self.learn)
         due = self._due
         if due: self._plan()
         fraction = self._fraction() if due else None
@@ -519,7 +519,7 @@ class DynamicSparseTrainingCallback(_QuickCallback):
 
     def after_batch(self):
         "Decide anew how layers compute, if connectivity has changed or input shapes have just been learned."
-        if not self.idle: self.kernels.settle()
+        if not self.idle: self.kernels.settle(self.learn)
 
     def after_fit(self):
         "Hand the gradients back, and leave model and optimizer sparse."

@@ -818,6 +818,23 @@ def layer_timing(
     key = f"{'conv' if conv else 'linear'}{tuple(p.mask.shape)}{conv} bias{int(bias is not None)} x{tuple(x_shape)} dx{int(need_dx)}{' dense dw' if dense_grad else ''}{' '+cast if cast else ''} 2^{bucket}"
     return cache(key, lambda: _measure(m, p.mask, x_shape, need_dx, dense_grad, cast))
 
+# %% ../nbs/06a_training.ipynb #06ab1007
+def _n_uses(loss):
+    "How many times each parameter, by its `id`, enters the computation of `loss`."
+    n_edges,ends,todo,uses = {},[],[loss.grad_fn],{}
+    while todo:
+        f = todo.pop()
+        for g,_ in f.next_functions:
+            if type(g).__name__ == 'AccumulateGrad': ends.append((f, id(g.variable)))
+            elif g in n_edges: n_edges[g] += 1
+            elif g is not None:
+                n_edges[g] = 1
+                todo.append(g)
+    for f,i in ends: uses[i] = uses.get(i, 0) + (n_edges[f] if type(f).__name__ == 'TBackward0' else 1)      # a Linear transposes its weight, and a second derivative takes that up again
+    return uses
+
+_elsewhere = 'its weight is used outside of the layer, too'
+
 # %% ../nbs/06a_training.ipynb #0cba81f8
 class SparseCompute:
     "Chooses how each masked layer of a model computes, and swaps."
@@ -832,7 +849,7 @@ class SparseCompute:
     ):
         self.model,self.opt,self.mode,self.threshold,self.dense_grad = model,opt,mode,threshold,dense_grad
         self.cache = cache or TimingCache()
-        self.inputs,self.log,self.handles,self.chosen = {},{},[],[]
+        self.inputs,self.log,self.handles,self.chosen,self.calls,self.elsewhere = {},{},[],[],{},set()
         self.settled = False
         expand_model(model, opt)
         self.near = Neighbours(model, self.cache if mode == 'auto' else None)
@@ -857,7 +874,8 @@ class SparseCompute:
             return f"its score needs every step's dense gradient, and it is a {type(p.module).__name__}"
         if not self.dense_grad(p) and sum(q is p.param for m in self.model.modules() for q in m._parameters.values()) > 1:
             return 'its weight is shared with another module'
-        return None if param_compressed(p) or isinstance(p.module, DenseGrad) else why_not_param(p, self.model)
+        if param_compressed(p) or isinstance(p.module, DenseGrad): return None
+        return why_not_param(p, self.model) or (_elsewhere if p.name in self.elsewhere and not self.dense_grad(p) else None)
 
     def watch(self):
         "Note the input of every layer in the next forward."
@@ -870,8 +888,16 @@ class SparseCompute:
         x = args[0] if args else kwargs.get('input', kwargs.get('query'))
         if not isinstance(x, torch.Tensor): return
         cast = str(torch.get_autocast_dtype('cpu')).removeprefix('torch.') if torch.is_autocast_enabled('cpu') else ''
-        self.inputs[m] = (tuple(x.shape), x.requires_grad, cast)
-        if isinstance(m, nn.MultiheadAttention): self.inputs[m.out_proj] = (tuple(x.shape), True, cast)
+        self._saw(m, tuple(x.shape), x.requires_grad, cast)
+        if isinstance(m, nn.MultiheadAttention): self._saw(m.out_proj, tuple(x.shape), True, cast)
+
+    def _saw(self, m, *what): self.inputs[m],self.calls[m] = what,self.calls.get(m, 0)+1
+
+    def _look_elsewhere(self, loss):
+        "Does anything but its layer use a weight?"
+        uses = _n_uses(loss)
+        self.elsewhere = {p.name for p in self._masked() if p.module in self.calls and uses.get(id(p.param), 0) > self.calls[p.module]}
+        if self.mode is True: self._insist()
 
     def _unwatch(self):
         for h in self.handles: h.remove()
@@ -891,8 +917,11 @@ class SparseCompute:
             return {**row, 'chosen': 'sparse', 'why': f"measured {ms['dense']/ms['sparse']:.2f}× faster sparse{cast}"}
         return {**row, 'chosen': 'sparse', 'why': 'asked for'}
 
-    def decide(self):
+    def decide(self,
+        loss=None, # Of a batch since `watch`: its graph tells which weights are used outside of their layers
+    ):
         "Decide anew for every layer; needs a batch to have passed since `watch`."
+        if self.handles and getattr(loss, 'grad_fn', None) is not None: self._look_elsewhere(loss)
         self._unwatch()
         rows = {p: self._decide(p) for p in self._masked()}
         self.log = {p.name: r for p,r in rows.items()}
@@ -939,19 +968,19 @@ class SparseCompute:
         if SparseCompute.keeps_memory: SparseCompute.keeps_memory = not kernels.keep_freed_memory(False)
         self._unwatch()
         self.near.let_go()
-        self.model,self.opt,self.dense_grad,self.inputs,self.chosen = None,None,None,{},[]
+        self.model,self.opt,self.dense_grad,self.inputs,self.calls,self.chosen = None,None,None,{},{},[]
 
     def state_dict(self) -> dict:
         "What a resumed run needs to decide alike from its first batch on."
         names = {m: n for n,m in self.model.named_modules()}
         return dict(inputs={names[m]: [list(shape), *rest] for m,(shape,*rest) in self.inputs.items()},
-                    chosen=[p.name for p in self.chosen], log=self.log, settled=self.settled, near=self.near.chosen)
+                    chosen=[p.name for p in self.chosen], log=self.log, settled=self.settled, near=self.near.chosen, elsewhere=sorted(self.elsewhere))
 
     def load_state_dict(self, sd:dict):
         "Take up a run's decisions."
         self._unwatch()
         self.inputs = {self.model.get_submodule(n): (tuple(shape), need, *cast, '')[:3] for n,(shape,need,*cast) in sd['inputs'].items()}
         self.chosen = [p for p in self._masked() if p.name in sd['chosen']]
-        self.log,self.settled = sd['log'],sd['settled']
+        self.log,self.settled,self.elsewhere = sd['log'],sd['settled'],set(sd.get('elsewhere', []))
         if not self.settled: self.watch()
         elif self.chosen: self._speed_up_the_rest(sd.get('near', []))

@@ -266,6 +266,9 @@ def test_attention_asks_for_the_mask_that_torch_asks_for():
         m.batch_first = batch_first
         with torch.no_grad(), pytest.raises(RuntimeError, match='Need attn_mask') if raises else nullcontext(): m(x, key, x, is_causal=True, need_weights=False)
 
+@pytest.fixture
+def always_faster(monkeypatch): monkeypatch.setattr(training, 'layer_timing', lambda *a: dict(dense=2., sparse=1.))
+
 class Doubled(nn.MultiheadAttention):
     def forward(self, *args, **kw):
         y,w = super().forward(*args, **kw)
@@ -281,13 +284,53 @@ class Attending(nn.Module):
         return self.head(self.attn(self.q.expand(len(x), -1, -1), h, h)[0].flatten(1))
 
 @pytest.mark.parametrize('kw', [dict(add_bias_kv=True), dict(add_zero_attn=True), dict(size=5, kdim=5, vdim=5), dict(cls=Doubled)])
-def test_attention_that_the_kernels_do_not_know_stays_as_it_is(kw):
+def test_attention_that_the_kernels_do_not_know_stays_as_it_is(kw, always_faster):
     "All of it: its output projection is only called by it."
     a,b = (run(learner(partial(Attending, **kw)), 2, dst(on=on)) for on in ('auto', False))
     for (n,p),q in zip(a.model.named_parameters(), b.model.parameters()): torch.testing.assert_close(p, q, msg=n)
     assert type(a.model.attn) is type(b.model.attn) is kw.get('cls', nn.MultiheadAttention)
     assert 'attention' in sparse_kernels_report(a).why['attn.out_proj.weight'].lower()
     with pytest.raises(ValueError, match='attn.out_proj.weight: .*ttention'): run(learner(partial(Attending, **kw)), 1, dst())
+
+class Tied(nn.Module):
+    "An autoencoder whose decoder is its encoder transposed."
+    def __init__(self):
+        super().__init__()
+        self.enc,self.fc = nn.Linear(6, 32),nn.Linear(6, 3)
+    def forward(self, x): return self.fc(F.linear(self.enc(x).tanh(), self.enc.weight.t()))
+
+def norms(m): return sum(p.norm(dim=1).sum() for p in m.parameters() if p.ndim == 2)
+def means(m): return sum(p.abs().mean() for p in m.parameters())
+
+class InputGradient(Callback):
+    "A penalty on the gradient by the input."
+    def before_batch(self): self.learn.xb = (self.xb[0].requires_grad_(),)
+    def after_loss(self):
+        if self.training: self.learn.loss_grad = self.loss_grad + torch.autograd.grad(self.pred.sum(), self.xb[0], create_graph=True)[0].pow(2).mean()
+
+@pytest.mark.parametrize('on', ['auto', True])
+@pytest.mark.parametrize('model,penalty,cbs', [(Tied, None, []), (mlp, norms, []), (mlp, means, []), (mlp, None, [InputGradient]), (Conv, None, [InputGradient])],
+                         ids=['decoder', 'norms', 'means', 'gradient', 'gradient_conv'])
+def test_weights_that_others_read_stay_dense(model, penalty, cbs, on, always_faster):
+    "The model elsewhere, or the loss: either would see a vector of nonzeros."
+    def start(on):
+        learn = learner(model)
+        if penalty is not None: learn.loss_func = lambda y, t: F.cross_entropy(y, t) + .01*penalty(learn.model)
+        return run(learn, 2, dst(on=on), *[cb() for cb in cbs])
+    if on is True:
+        with pytest.raises(ValueError, match='outside of the layer'): start(True)
+        return
+    a,b = start('auto'),start(False)
+    assert close(a.model.state_dict(), b.model.state_dict())
+    why = sparse_kernels_report(a).why
+    assert 'outside' in why[why.index[0]] and (model is not Tied or 'faster' in why['fc.weight'])
+
+def test_a_resumed_run_knows_which_weights_others_read(tmp_path, always_faster):
+    def start(*cbs): return run(learner(Tied), 2, dst(on='auto'), CheckpointCallback(tmp_path/'c', 2), *cbs)
+    through = start()
+    (tmp_path/'c').unlink()
+    with pytest.raises(KeyboardInterrupt): start(Raise('after_batch', 8, order=100))
+    assert close(through.model.state_dict(), start(ResumeCallback(tmp_path/'c')).model.state_dict(), 0, 0)
 
 def test_an_interrupted_run_leaves_memory_to_the_next_to_give_back(monkeypatch):
     asked = []
