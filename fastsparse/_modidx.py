@@ -131,6 +131,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'fastsparse/callback.py'),
                                      'fastsparse.callback._needs_every_grad': ('callback.html#_needs_every_grad', 'fastsparse/callback.py'),
                                      'fastsparse.callback._return': ('callback.html#_return', 'fastsparse/callback.py'),
+                                     'fastsparse.callback._updating': ('callback.html#_updating', 'fastsparse/callback.py'),
                                      'fastsparse.callback.add_bits': ('callback.html#add_bits', 'fastsparse/callback.py'),
                                      'fastsparse.callback.borrowed_slots': ('callback.html#borrowed_slots', 'fastsparse/callback.py'),
                                      'fastsparse.callback.dense_parameters': ('callback.html#dense_parameters', 'fastsparse/callback.py'),

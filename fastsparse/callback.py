@@ -113,9 +113,13 @@ def _needs_every_grad(cbs, p):
     "Does any of the callbacks need the whole weight gradient of `p` at every step?"
     return any(cb._every_grad and cb._moves(p) for cb in cbs if isinstance(cb, DynamicSparseTrainingCallback))
 
+def _updating(cbs):
+    "The callbacks that have an update at the coming step."
+    return [cb for cb in cbs if isinstance(cb, DynamicSparseTrainingCallback) and not cb.idle and cb._due]
+
 def _needs_dense_layers(cbs):
     "Does any of the callbacks have scores that look at whole layers, and an update at the coming step?"
-    return any(cb._due and not cb._elementwise and not cb._every_grad for cb in cbs if isinstance(cb, DynamicSparseTrainingCallback) and not cb.idle)
+    return any(not cb._elementwise and not cb._every_grad for cb in _updating(cbs))
 
 class KernelSwitch:
     "The part of a callback that puts layers on the compiled kernels and takes them off again."
@@ -143,8 +147,8 @@ class KernelSwitch:
         if self.compute is not None: self.compute.expand(p)
 
     def begin(self, learn):
-        "Before a step: in the first one, swap before the optimizer makes dense slots."
-        if self.compute is not None and not self.compute.settled: self.settle(learn)
+        "Before a step: in the first one, swap before the optimizer makes dense slots, unless it is an update, laid out for dense layers (as with `start_epoch`)."
+        if self.compute is not None and not self.compute.settled and not _updating(learn.cbs): self.settle(learn)
 
     def settle(self, learn):
         "After a batch."
@@ -443,6 +447,7 @@ class DynamicSparseTrainingCallback(_QuickCallback):
     def before_step(self):
         "Update connectivity if it is time. Position counts the steps that get here. There is one step for all callbacks: the first sees to it."
         if self.idle or (peers := self._peers)[0] is not self: return
+        for cb in peers: cb.kernels.begin(self.learn)
         todo = [(cb, *t) for cb in peers if (t := cb._arrive())]
         if not todo: return
         try: self._step(todo)
@@ -452,7 +457,6 @@ class DynamicSparseTrainingCallback(_QuickCallback):
 
     def _arrive(self):
         "Count the step: if there is anything to do, masked layers, layers born sparse, the share to move (`None`: no update), and does the update replace the step?"
-        self.kernels.begin(self.learn)
         due = self._due
         if due: self._plan()
         fraction = self._fraction() if due else None

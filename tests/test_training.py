@@ -5,7 +5,7 @@ from functools import partial
 import numpy as np, pytest, torch, torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings, strategies as st
 from torch import nn
-from fastai.basics import Adam, Callback, CancelFitException, DataLoader, DataLoaders, Learner, OptimWrapper, SGD, TensorBase, load_model, save_model
+from fastai.basics import Adam, Callback, CancelFitException, CancelTrainException, DataLoader, DataLoaders, Learner, OptimWrapper, SGD, TensorBase, load_model, save_model
 from fastai.callback.fp16 import MixedPrecision
 import fastai.callback.hook
 import fastai.callback.schedule
@@ -291,6 +291,14 @@ def test_attention_that_the_kernels_do_not_know_stays_as_it_is(kw, always_faster
     assert type(a.model.attn) is type(b.model.attn) is kw.get('cls', nn.MultiheadAttention)
     assert 'attention' in sparse_kernels_report(a).why['attn.out_proj.weight'].lower()
     with pytest.raises(ValueError, match='attn.out_proj.weight: .*ttention'): run(learner(partial(Attending, **kw)), 1, dst())
+
+@pytest.mark.parametrize('method', PRESETS)
+@pytest.mark.parametrize('skip', ['start_epoch', 'cancelled'])
+def test_an_update_may_be_the_first_step_of_all(method, skip):
+    "Where training begins with a later epoch, or something has ended the first before its first step."
+    kw,cbs = (dict(start_epoch=1),lambda: []) if skip == 'start_epoch' else ({},lambda: [Raise('before_batch', 1, CancelTrainException)])
+    off,on = [run(learner(), 3, cb := dst(method, on, every=8), *cbs(), **kw) for on in (False, True)]
+    assert cb.updates[0]['step'] == 8 and close(off.model.state_dict(), on.model.state_dict())
 
 class Tied(nn.Module):
     "An autoencoder whose decoder is its encoder transposed."
