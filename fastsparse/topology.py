@@ -184,10 +184,16 @@ def _owned(module):
 # %% ../nbs/04_topology.ipynb #548421a8
 def _exporting(): return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()      # by `torch.export`, with `strict=False`
 
+_in_functorch = getattr(torch._C._functorch, 'peek_interpreter_stack', lambda: None)
+
 def _enforce(module):
     if _exporting(): return      # it can't see what is written to `.data`
+    transformed = not torch.compiler.is_compiling() and _in_functorch() is not None      # by `torch.func`, where nothing may be written to: only gradients are masked
     for m,n,p,mask in _owned(module):
         if mask.shape != p.shape: continue      # only nonzeros are stored
+        if transformed:
+            if torch._C._functorch.is_functorch_wrapped_tensor(p) and p.requires_grad: p.register_hook(lambda g, off=mask.logical_not(): g.masked_fill(off, 0))
+            continue
         zero_off_mask_(p, mask)
         if torch.compiler.is_compiling(): continue      # where hooks can't be seen, and a second one would be added
         h = grad_mask(SparseParam(n, m, n))
@@ -227,7 +233,7 @@ def add_mask_hooks(
     model:nn.Module, # A model with masks
 ) -> SparseHooks: # To remove the enforcement
     """Keep every masked weight of `model` at 0 from now on. Modules that have their hooks already get no second ones. Call it after `deepcopy` or unpickling, which drop the hooks on
-    gradients, and before `torch.compile` or `torch.export`: an eager forward adds what is missing and masks what an optimizer has moved, compiled ones only mask weights, exported ones nothing."""
+    gradients, and before `torch.compile` or `torch.export`: an eager forward adds what is missing and masks what an optimizer has moved, compiled ones only mask weights, those inside `torch.func`'s transforms only gradients, exported ones nothing."""
     for m in model.modules():
         if any(_owned(m)) and not _hooked(m):
             m.register_forward_pre_hook(MaskHook())

@@ -437,6 +437,35 @@ def test_weight_norm_is_warned_of_outputs_without_connection():
         warnings.simplefilter('error')
         sparsify_model(m, .99)
 
+def test_masked_models_under_torch_func():
+    "Gradients, by sample too, second derivatives by some of the weights, ensembles."
+    from torch.func import functional_call, grad, hessian, stack_module_state, vmap
+    m,x = toy_net(),torch.randn(5, 6)
+    sparsify_model(m, .6)
+    def loss(ps, x): return functional_call(m, ps, (x,)).square().sum()
+    m(x).square().sum().backward()
+    for leaf in True,False:
+        ps = {n: p if leaf else p.detach() for n,p in m.named_parameters()}
+        one,each = grad(loss)(ps, x),vmap(grad(loss), (None, 0))(ps, x[:,None])
+        for n,p in m.named_parameters():
+            torch.testing.assert_close(one[n].detach(), p.grad)
+            torch.testing.assert_close(each[n].detach().sum(0), p.grad)
+    twice = grad(lambda ps: loss(ps, x) + loss(ps, x))(ps)
+    for n,p in m.named_parameters(): torch.testing.assert_close(twice[n], 2*p.grad)
+    h = hessian(loss)({'0.bias': m[0].bias.detach()}, x)['0.bias']['0.bias']
+    assert h.shape == (16, 16) and h.any()
+    several = [toy_net(seed=i) for i in range(3)]
+    for o in several: sparsify_model(o, .6)
+    base,(ps,bs) = copy.deepcopy(m).to('meta'),stack_module_state(several)
+    def output(ps, bs): return functional_call(base, (ps, bs), (x,))
+    torch.testing.assert_close(vmap(output)(ps, bs), torch.stack([o(x) for o in several]))
+    each = vmap(grad(lambda ps, bs: output(ps, bs).square().sum()))({n: p.detach() for n,p in ps.items()}, bs)
+    for i,o in enumerate(several):
+        o(x).square().sum().backward()
+        for n,p in o.named_parameters(): torch.testing.assert_close(each[n][i], p.grad)
+    vmap(output)(ps, bs).sum().backward()
+    assert all(isinstance(p.param, nn.Parameter) for p in sparse_params(m))
+
 def test_masked_models_are_exported():
     m,x = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3)).eval(),torch.randn(2, 8)
     sparsify_model(m, .5)
