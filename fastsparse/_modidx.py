@@ -7,6 +7,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                      'fastsparse/callback.py'),
                                      'fastsparse.callback.DynamicSparseTrainingCallback._arrive': ( 'callback.html#dynamicsparsetrainingcallback._arrive',
                                                                                                     'fastsparse/callback.py'),
+                                     'fastsparse.callback.DynamicSparseTrainingCallback._can_grow': ( 'callback.html#dynamicsparsetrainingcallback._can_grow',
+                                                                                                      'fastsparse/callback.py'),
                                      'fastsparse.callback.DynamicSparseTrainingCallback._check': ( 'callback.html#dynamicsparsetrainingcallback._check',
                                                                                                    'fastsparse/callback.py'),
                                      'fastsparse.callback.DynamicSparseTrainingCallback._decide': ( 'callback.html#dynamicsparsetrainingcallback._decide',

@@ -462,7 +462,7 @@ class DynamicSparseTrainingCallback(_QuickCallback):
         fraction = self._fraction() if due else None
         self.i_step += 1
         if not due and not self._every_grad: return
-        ps = [p for p in self._params() if p.param.requires_grad and p.param.grad is not None and (p.name not in self.plans or self.plans[p.name].ready)]
+        ps = [p for p in self._params() if p.param.requires_grad and p.param.grad is not None and self._can_grow(p)]
         large = [p for p in self._large() if p.param.requires_grad and p.param.grad is not None and (self.sampler is None or self.sampler.reached(p))]
         if due: self.pending = not ((self.sampler is None or self.sampler.finite) and all(_finite(p.param.grad) for p in ps+large) and all(self.plans[p.name].is_finite() for p in ps if p.name in self.plans))
         return ps, large, fraction if not self.pending else None, due and self.update_replaces_step
@@ -471,6 +471,11 @@ class DynamicSparseTrainingCallback(_QuickCallback):
         self.wants_dense_grad = self._every_grad
         self._forget_plans()
         self._sample(False)
+
+    def _can_grow(self, p):
+        "Has this step reached `p`, if it grows by the gradient? Of a layer that it passed by, such as a branch left out, zeros remain."
+        if p.name in self.plans: return self.plans[p.name].ready
+        return self._every_grad or needs_dense_grad(self.grow_score_f) != 'update' or bool(p.param.grad.any())
 
     def after_cancel_step(self):
         "Should another callback have skipped an update's step: what was seen of its batch is of no use to the next."

@@ -951,6 +951,26 @@ def test_a_torch_loader_over_an_iterable():
     fit(toy_learner(dls=DataLoaders(dl, dl)), 2, cbs=cb)
     assert cb.n_steps == 14 and cb.updates
 
+class Branched(nn.Module):
+    "Two branches, of which a batch takes one."
+    def __init__(self):
+        super().__init__()
+        self.a,self.b,self.head,self.i = nn.Linear(6, 16),nn.Linear(6, 16),nn.Linear(16, 3),0
+    def forward(self, x):
+        self.i += self.training
+        return self.head((self.a if self.i % 2 else self.b)(x).tanh())
+
+@pytest.mark.parametrize('kernels', [False, True] if kernels_available() else [False])
+def test_a_branch_that_the_batch_of_an_update_does_not_take_keeps_its_connections(kernels):
+    "Zeros, which fastai leaves for gradients, rate nothing."
+    learn = toy_learner(.9, model=Branched())
+    cb = DST(**RigL_presets, batches_per_update=4, sparse_kernels=kernels)
+    before = masks(learn.model)
+    fit(learn, 2, cbs=cb)
+    assert len(cb.updates) == 2 and not any('b.weight' in u['names'] for u in cb.updates)
+    after = masks(learn.model)
+    assert not torch.equal(before['a.weight'], after['a.weight']) and torch.equal(before['b.weight'], after['b.weight'])
+
 def test_a_layer_unfrozen_within_an_epoch_grows_by_its_gradient():
     seen = []
     def grow(p, opt, name=None, mask=None):
