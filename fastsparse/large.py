@@ -122,9 +122,9 @@ class GradientSampler:
         return all(g.isfinite().all() for c in self.draws.values() for g in (c.grad, c.active_grad) if g is not None)
 
     def reached(self, p):
-        "Have gradients of `p` come in?"
+        "Have gradients of `p` come in, other than zeros, which rate nothing?"
         c = self.draws.get(p.module)
-        return c is not None and c.grad is not None and c.active_grad is not None
+        return c is not None and c.grad is not None and c.active_grad is not None and bool(c.grad.any() or c.active_grad.any())
 
     def remove(self):
         "Stop watching; what was collected stays."

@@ -517,7 +517,7 @@ class CompressedUpdate:
         if not p.mask.is_contiguous(): p.mask.data = p.mask.contiguous()      # `.to(memory_format=torch.channels_last)` takes masks along
         self.p,self.opt,self.k,self.keep_score_f,self.grow_score_f = p,opt,int(fraction*p.param.numel()),keep_score_f,grow_score_f
         self.alive,self.wants_grad,self.one_batch = alive,wants_grad,one_batch
-        self.calls,self.uses,self.grad,self.best,self.kept,self.finite = 0,[],None,None,None,True
+        self.calls,self.uses,self.grad,self.best,self.kept,self.finite,self.zero = 0,[],None,None,None,True,False
         self.handle = None
         if wants_grad and isinstance(p.module, nn.MultiheadAttention): p.module._watch = self._use
         elif wants_grad: self.handle = p.module.register_forward_hook(self._forward, with_kwargs=True)
@@ -580,6 +580,7 @@ class CompressedUpdate:
         blocks,floor = self._blocks()
         self.best = self._by_bf16(floor) or best_vacant(blocks, self.p.mask.view(self.shape), *self.structure, self.k, floor)
         self.finite,self.uses,self.grad = self.best is not None,[],None
+        self.zero = self.finite and self.wants_grad and not any(s.any() for s in self.best[1:])
 
     def _by_bf16(self, floor):
         if not (floor and self.k and self.wants_grad and len(self.uses) == 1 and _native(self.uses[0][0]) and _quick_bf16(kernels.isa())): return None
@@ -589,10 +590,16 @@ class CompressedUpdate:
 
     def is_finite(self):
         if self.blockwise and self.wants_grad: self._look()
-        return self.finite and (self.grad is None or all(o.isfinite() for o in self.grad.aminmax()))
+        if self.grad is None: return self.finite
+        ends = self.grad.aminmax()
+        self.zero = not any(ends)
+        return self.finite and all(o.isfinite() for o in ends)
 
     @property
-    def ready(self): return not self.wants_grad or bool(self.uses) or any(o is not None for o in (self.grad, self.best, self.kept)) or not self.finite
+    def ready(self):
+        "Is there a gradient to grow by, if that is needed? Zeros rate nothing."
+        if not self.wants_grad or not self.is_finite(): return True
+        return not self.zero and any(o is not None for o in (self.grad, self.best, self.kept))
 
     def remove(self):
         if self.handle is not None: self.handle.remove()

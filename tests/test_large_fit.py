@@ -48,6 +48,12 @@ def test_a_fit_with_all_candidates_is_the_masked_fit(cbs, opt_func):
         assert p.module.mask.equal(q.mask)
         assert torch.allclose(p.module.dense_weight(), q.param, rtol=1e-3, atol=1e-5)
 
+def test_gradients_that_are_zero_choose_nothing():
+    learn = learner(loss_func=lambda y, t: 0*y.sum())
+    before,cb = [p.index.clone() for p in large_layers(learn.model)],dst()
+    fit(learn, 2, cbs=cb)
+    assert cb.updates and all(torch.equal(i, p.index) for i,p in zip(before, large_layers(learn.model)))
+
 def test_the_gradient_of_a_skipped_step_moves_nothing():
     "On the kernels as without them, a late update goes by the batch that it sees."
     def run(on):

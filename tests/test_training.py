@@ -16,7 +16,7 @@ from fastai.interpret import Interpretation
 from fastai.losses import CrossEntropyLossFlat, FocalLossFlat
 from torch.optim.swa_utils import AveragedModel
 from fastsparse import (DynamicSparseTrainingCallback, RigL_presets, SET_presets, SNFS_presets, CheckpointCallback, ResumeCallback, SparseKernelsCallback,
-                        dense_parameters, load_sparse_model, sparse_kernels_report, sparse_params, sparsify_model)
+                        dense_grad, dense_parameters, gradient_magnitude, load_sparse_model, sparse_kernels_report, sparse_params, sparsify_model)
 from fastsparse import kernels, layers, links, topology, training
 from fastsparse.training import TimingCache, expand_model, param_compressed
 from conftest import quiet, toy_items, Items
@@ -627,6 +627,26 @@ def test_an_elementwise_keep_score_sees_the_gradient_of_active_connections(when)
     f = dense_grad(when, elementwise=True)(lambda p,opt: (p*p.grad).abs())
     off,on = [run(learner(), 4, dst(on=on, keep_score_f=f)) for on in (False, True)]
     assert close(off.model.state_dict(), on.model.state_dict(), 1e-3, 1e-5)
+
+@dense_grad('update', elementwise=True)
+def signed(p, opt, **kw): return p.grad.detach().clone()
+
+class Dead(nn.Sequential):
+    "Outputs that no connection can change: only a bias gets a gradient other than zeros."
+    def __init__(self):
+        super().__init__(nn.Linear(6,32), nn.ReLU(), nn.Linear(32,24), nn.ReLU(), nn.Linear(24,3))
+        nn.init.constant_(self[2].bias, -100.)
+
+@pytest.mark.parametrize('score', [gradient_magnitude, signed])
+@pytest.mark.parametrize('acc', [False, True])
+def test_gradients_that_are_zero_choose_nothing(acc, score):
+    "Positions at the weight's beginning were as good as any."
+    for on in False,True:
+        learn = learner(Dead)
+        before = [p.mask.clone() for p in sparse_params(learn.model)]
+        run(learn, 4, cb := dst(on=on, grow_score_f=score), *[GradientAccumulation(16)]*acc)
+        assert cb.updates and not any(u['names'] for u in cb.updates)
+        assert all(torch.equal(m, p.mask) for m,p in zip(before, sparse_params(learn.model)))
 
 def test_updates_under_cpu_autocast_and_of_layers_called_by_keyword():
     class Net(nn.Module):
