@@ -448,6 +448,8 @@ class DynamicSparseTrainingCallback(_QuickCallback):
         "Update connectivity if it is time. Position counts the steps that get here. There is one step for all callbacks: the first sees to it."
         if self.idle or (peers := self._peers)[0] is not self: return
         for cb in peers: cb.kernels.begin(self.learn)
+        for cb in peers:
+            if cb._due: cb._plan()      # before any of them counts the step
         todo = [(cb, *t) for cb in peers if (t := cb._arrive())]
         if not todo: return
         try: self._step(todo)
@@ -458,7 +460,6 @@ class DynamicSparseTrainingCallback(_QuickCallback):
     def _arrive(self):
         "Count the step: if there is anything to do, masked layers, layers born sparse, the share to move (`None`: no update), and does the update replace the step?"
         due = self._due
-        if due: self._plan()
         fraction = self._fraction() if due else None
         self.i_step += 1
         if not due and not self._every_grad: return

@@ -1049,6 +1049,18 @@ def test_beside_another_callback_that_switches_kernels(names, every):
     a,b = run(False),run(True)
     for k in a: torch.testing.assert_close(a[k], b[k], rtol=1e-4, atol=1e-5, msg=k)
 
+def test_an_update_does_not_look_at_whole_layers_because_the_next_step_of_another_callback_does():
+    "`own` moves at step 4, the others at step 3."
+    def run(kernels):
+        learn = learner(lambda: nn.Sequential(nn.Linear(6,32), nn.Tanh(), nn.Linear(32,24), nn.Tanh(), nn.Linear(24,24), nn.Tanh(), nn.Linear(24,3)))
+        own,SET,RigL = (dst(m, kernels, every, sparse_modules=learn.model[2*i], **kw) for i,(m,every,kw) in
+                        enumerate([('RigL', 4, dict(grow_score_f=lambda p,opt: p.grad.abs())), ('SET', 3, {}), ('RigL', 3, {})]))
+        torch.manual_seed(5)
+        with quiet(learn): learn.fit(2, cbs=[own, SET, RigL])
+        assert RigL.updates[0]['step'] == 3 and own.updates[0]['step'] == 4
+        return learn.model.state_dict()
+    assert close(run(False), run(True))
+
 def test_measuring_a_layer_takes_no_random_numbers_from_training():
     p,before = sparse_params(learner().model)[1],torch.get_rng_state()
     for dense in (False, True): training._measure(p.module, p.mask, (8, 32), True, dense, '')
