@@ -828,19 +828,22 @@ def layer_timing(
 # %% ../nbs/06a_training.ipynb #06ab1007
 def _n_uses(loss):
     "How many times each parameter, by its `id`, enters the computation of `loss`."
-    n_edges,ends,todo,uses = {},[],[loss.grad_fn],{}
+    users,ends,todo,uses = {},[],[loss.grad_fn],{}
     while todo:
         f = todo.pop()
         for g,_ in f.next_functions:
             if type(g).__name__ == 'AccumulateGrad': ends.append((f, id(g.variable)))
-            elif g in n_edges: n_edges[g] += 1
+            elif g in users: users[g].append(f)
             elif g is not None:
-                n_edges[g] = 1
+                users[g] = [f]
                 todo.append(g)
-    for f,i in ends: uses[i] = uses.get(i, 0) + (n_edges[f] if type(f).__name__ == 'TBackward0' else 1)      # a Linear transposes its weight, and a second derivative takes that up again
+    def n(f): return sum(map(n, users[f])) if f in users and type(f).__name__ in _passes_on else 1
+    for f,i in ends: uses[i] = uses.get(i, 0) + n(f)
     return uses
 
-_elsewhere = 'its weight is used outside of the layer, too'
+_passes_on = ('TBackward0', 'ToCopyBackward0')      # a Linear transposes its weight, and a second derivative takes that up again; autocast keeps a converted one for all that ask
+
+_elsewhere = 'its weight is used outside of the layer, too, by the loss or another part of the model'
 
 # %% ../nbs/06a_training.ipynb #0cba81f8
 class SparseCompute:
@@ -898,7 +901,9 @@ class SparseCompute:
         self._saw(m, tuple(x.shape), x.requires_grad, cast)
         if isinstance(m, nn.MultiheadAttention): self._saw(m.out_proj, tuple(x.shape), True, cast)
 
-    def _saw(self, m, *what): self.inputs[m],self.calls[m] = what,self.calls.get(m, 0)+1
+    def _saw(self, m, *what):
+        again = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1      # within `backward`, as by checkpoints of activations
+        self.inputs[m],self.calls[m] = what,self.calls.get(m, 0) + (torch.is_grad_enabled() and not again)
 
     def _look_elsewhere(self, loss):
         "Does anything but its layer use a weight?"

@@ -15,6 +15,7 @@ from fastai.optimizer import Lamb, RAdam, ranger
 from fastai.interpret import Interpretation
 from fastai.losses import CrossEntropyLossFlat, FocalLossFlat
 from torch.optim.swa_utils import AveragedModel
+from torch.utils.checkpoint import checkpoint
 from fastsparse import (DynamicSparseTrainingCallback, RigL_presets, SET_presets, SNFS_presets, CheckpointCallback, ResumeCallback, SparseKernelsCallback,
                         dense_grad, dense_parameters, gradient_magnitude, load_sparse_model, sparse_kernels_report, sparse_params, sparsify_model)
 from fastsparse import kernels, layers, links, topology, training
@@ -307,6 +308,24 @@ class Tied(nn.Module):
         self.enc,self.fc = nn.Linear(6, 32),nn.Linear(6, 3)
     def forward(self, x): return self.fc(F.linear(self.enc(x).tanh(), self.enc.weight.t()))
 
+class TiedInBf16(Tied):
+    def forward(self, x):
+        with torch.autocast('cpu', torch.bfloat16): return self.fc(self.enc(x).tanh() @ self.enc.weight).float()
+
+class TiedAndCheckpointed(Tied):
+    "Within `backward`, the encoder is called again."
+    def __init__(self, use_reentrant):
+        super().__init__()
+        self.use_reentrant = use_reentrant
+    def forward(self, x):
+        h = checkpoint(self.enc, x.detach().requires_grad_(), use_reentrant=self.use_reentrant)
+        return self.fc(F.linear(h.tanh(), self.enc.weight.t()))
+
+class TiedToATeacher(Tied):
+    def forward(self, x):
+        with torch.no_grad(): h = self.enc(x)
+        return super().forward(x) + self.fc.bias*h.mean()
+
 def norms(m): return sum(p.norm(dim=1).sum() for p in m.parameters() if p.ndim == 2)
 def means(m): return sum(p.abs().mean() for p in m.parameters())
 
@@ -332,6 +351,24 @@ def test_weights_that_others_read_stay_dense(model, penalty, cbs, on, always_fas
     assert close(a.model.state_dict(), b.model.state_dict())
     why = sparse_kernels_report(a).why
     assert 'outside' in why[why.index[0]] and (model is not Tied or 'faster' in why['fc.weight'])
+
+@pytest.mark.parametrize('model', [TiedInBf16, partial(TiedAndCheckpointed, False), partial(TiedAndCheckpointed, True), TiedToATeacher])
+def test_what_stands_in_for_calls_of_a_layer_is_none(model, always_faster):
+    "A weight that autocast keeps converted for all who ask, calls within `backward`, calls without a graph."
+    learn = run(learner(model), 2, dst(on='auto'))
+    assert sparse_kernels_report(learn).chosen.to_dict() == {'enc.weight': 'dense', 'fc.weight': 'sparse'}
+
+class CalledTwice(nn.Module):
+    def __init__(self, calls):
+        super().__init__()
+        self.a,self.b,self.c,self.calls = nn.Linear(6, 32),nn.Linear(32, 32),nn.Linear(32, 3),calls
+    def forward(self, x): return self.c(self.calls(lambda h: self.b(self.b(h).tanh()), self.a(x)).float())
+
+def in_bf16(f, x):
+    with torch.autocast('cpu', torch.bfloat16): return f(x)
+
+@pytest.mark.parametrize('calls', [lambda f, x: f(x), in_bf16, partial(checkpoint, use_reentrant=False), partial(checkpoint, use_reentrant=True)])
+def test_calls_of_a_layer_are_no_other_uses(calls): run(learner(partial(CalledTwice, calls)), 2, dst())
 
 def test_a_resumed_run_knows_which_weights_others_read(tmp_path, always_faster):
     def start(*cbs): return run(learner(Tied), 2, dst(on='auto'), CheckpointCallback(tmp_path/'c', 2), *cbs)
