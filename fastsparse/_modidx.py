@@ -128,6 +128,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'fastsparse/callback.py'),
                                      'fastsparse.callback._batch_size': ('callback.html#_batch_size', 'fastsparse/callback.py'),
                                      'fastsparse.callback._finite': ('callback.html#_finite', 'fastsparse/callback.py'),
+                                     'fastsparse.callback._lay_out': ('callback.html#_lay_out', 'fastsparse/callback.py'),
                                      'fastsparse.callback._lend': ('callback.html#_lend', 'fastsparse/callback.py'),
                                      'fastsparse.callback._needs_dense_layers': ( 'callback.html#_needs_dense_layers',
                                                                                   'fastsparse/callback.py'),

@@ -121,6 +121,12 @@ def _needs_dense_layers(cbs):
     "Does any of the callbacks have scores that look at whole layers, and an update at the coming step?"
     return any(not cb._elementwise and not cb._every_grad for cb in _updating(cbs))
 
+def _lay_out(cbs):
+    "Before a batch, whichever callback comes first: layers are on the kernels, or off them, before any update is planned by how they are stored."
+    dense = _needs_dense_layers(cbs)
+    for cb in cbs:
+        if isinstance(cb, (SparseKernelsCallback, DynamicSparseTrainingCallback)) and cb.run and not cb.idle: cb.kernels.set(dense)
+
 class KernelSwitch:
     "The part of a callback that puts layers on the compiled kernels and takes them off again."
     def __init__(self, mode, threshold, keep):
@@ -138,7 +144,7 @@ class KernelSwitch:
 
     def set(self, dense):
         "Before a batch or an update."
-        if self.compute is None: return
+        if self.compute is None or self.compute.model is None: return
         if dense: self.compute.dense()
         elif self.compute.settled: self.compute.sparse()
 
@@ -204,7 +210,7 @@ Learner.load._without_masks = _learner_load
 # %% ../nbs/07_callback.ipynb #e77ebfc1
 class SparseKernelsCallback(_QuickCallback):
     "Train on the compiled kernels where they are faster, with masks that stay (static sparsity). `DynamicSparseTrainingCallback` does this by itself."
-    order,run_valid = 95,False
+    order,run_valid,idle = 95,False,False
     def __init__(self,
         sparse_kernels='auto',        # 'auto' where measured faster, `True` for every sparse enough layer (an error where that can't be)
         sparsity_threshold:float=0.8, # Layers of lower sparsity compute densely
@@ -215,7 +221,7 @@ class SparseKernelsCallback(_QuickCallback):
         if only_validates(self.learn): return
         if not sparse_params(self.learn.model): raise ValueError("no layer has a mask: call `sparsify_model(learn.model, sparsity)` before training.")
         self.kernels.start(self.learn)
-    def before_batch(self): self.kernels.set(dense=_needs_dense_layers(self.learn.cbs))
+    def before_batch(self): _lay_out(self.learn.cbs)
     def before_step(self): self.kernels.begin(self.learn)
     def after_batch(self): self.kernels.settle(self.learn)
     def after_fit(self):
@@ -417,7 +423,7 @@ class DynamicSparseTrainingCallback(_QuickCallback):
         if self.idle: return
         self.wants_dense_grad = self._wants()
         if self.wants_dense_grad: self._own(self._params())      # a layer may have been unfrozen
-        self.kernels.set(dense=_needs_dense_layers(self.learn.cbs))
+        _lay_out(self.learn.cbs)
         if self.wants_dense_grad and not self._every_grad: self._plan()
         if self._due and needs_dense_grad(self.grow_score_f) == 'update' and self._large(): self._sample(True)
 

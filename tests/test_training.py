@@ -1086,6 +1086,18 @@ def test_beside_another_callback_that_switches_kernels(names, every):
     a,b = run(False),run(True)
     for k in a: torch.testing.assert_close(a[k], b[k], rtol=1e-4, atol=1e-5, msg=k)
 
+@pytest.mark.parametrize('names', [('RigL', 'own', 'kernels'), ('kernels', 'RigL', 'own'), ('RigL', 'own'), ('own', 'RigL')], ids=str)
+def test_layers_that_another_callback_puts_on_the_kernels(names):
+    "After an update by whole layers, the next by what is stored: in whichever order callbacks are asked, and though only the last wants kernels."
+    learn = learner()
+    def make(n):
+        if n == 'kernels': return SparseKernelsCallback(True, .5)
+        return dst('RigL', n == names[-1], **dict(RigL=dict(sparse_modules=learn.model[0]), own=dict(every=4, sparse_modules=learn.model[2], grow_score_f=lambda p,opt: p.grad.abs()))[n])
+    cbs = {n: make(n) for n in names}
+    run(learn, 2, *cbs.values())
+    check(learn)
+    assert [u['step'] for u in cbs['RigL'].updates] == [3, 6, 9]
+
 def test_an_update_does_not_look_at_whole_layers_because_the_next_step_of_another_callback_does():
     "`own` moves at step 4, the others at step 3."
     def run(kernels):
