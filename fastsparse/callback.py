@@ -100,6 +100,7 @@ def only_validates(
 class _QuickCallback(Callback):
     "A callback that is not in the way of steps of a millisecond: fastai looks in learner and model for each event that a callback lacks, and at each assignment."
     def __call__(self, event_name):
+        if vars(self).get('learn', self) is None: return      # another callback has just taken it out of the fit
         if hasattr(type(self), event_name) or event_name in vars(self): return super().__call__(event_name)
 
     @property

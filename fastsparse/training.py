@@ -953,6 +953,7 @@ class SparseCompute:
             if self.dense_grad(p): set_dense_grad(p.module, True)
         full = [p for p in out if not self.dense_grad(p)]
         if not full: return
+        for p in full: set_dense_grad(p.module, False)      # whoever asked for it may have been taken out of the fit
         hide_compression(self.model, self.opt)
         compress_params(self.model, full, self.opt)
 

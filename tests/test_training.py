@@ -1098,6 +1098,19 @@ def test_layers_that_another_callback_puts_on_the_kernels(names):
     check(learn)
     assert [u['step'] for u in cbs['RigL'].updates] == [3, 6, 9]
 
+@pytest.mark.parametrize('event', ['before_batch', 'after_loss', 'after_batch'])
+@pytest.mark.parametrize('one,other', [('SNFS', 'RigL'), ('SNFS', 'SET'), ('RigL', 'SNFS'), ('RigL', None)])
+def test_a_callback_is_taken_out_of_a_fit(one, other, event):
+    learn = learner()
+    cbs = [dst(n, sparse_modules=learn.model[2*i]) for i,n in enumerate((one, other)) if n]
+    class TakeOut(Callback):
+        def take_out(self):
+            if self.training and self.learn.train_iter == 4: self.learn.remove_cb(cbs[0])
+    setattr(TakeOut, event, TakeOut.take_out)
+    run(learn, 2, *cbs, TakeOut())
+    check(learn)
+    assert len(cbs) == 1 or len(cbs[1].updates) > 2
+
 def test_an_update_does_not_look_at_whole_layers_because_the_next_step_of_another_callback_does():
     "`own` moves at step 4, the others at step 3."
     def run(kernels):
