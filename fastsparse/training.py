@@ -658,10 +658,11 @@ class CompressedUpdate:
         p,mask = self.p,self.p.mask.view(-1)
         ptr,idx,source,dropped = _regrow(*self.structure, self.shape[1], self.kept, self.fresh)
         def moved(t): return F.pad(t, (0,1)).index_select(0, source)
-        values,slots = moved(p.param.detach()),list(opt_slots(self.opt, p.param).values())
+        values,grad,slots = moved(p.param.detach()),p.param.grad,list(opt_slots(self.opt, p.param).values())
+        if grad is not None: grad = moved(grad)      # without one, a next batch that passes the layer by would leave out its momentum
         with hold_interrupts():
             _move_slots(slots, moved)
-            replace_storage(p.param, values)
+            replace_storage(p.param, values, grad)
             for n,t in (('indptr', ptr), ('indices', idx)): p.module.register_buffer(f'{p.pname}_{n}', t, persistent=False)
             vars(p.module).pop('_thirds', None)      # an attention's
             mask[dropped] = False

@@ -5,7 +5,7 @@ import numpy as np, pytest, torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import default_collate
-from fastai.basics import (Adam, Callback, CancelFitException, CancelStepException, Lamb, Larc, OptimWrapper,
+from fastai.basics import (Adam, Callback, CancelBackwardException, CancelFitException, CancelStepException, Lamb, Larc, OptimWrapper,
                            RAdam, RMSProp, SGD, ranger, params, load_learner, DataLoaders)
 from fastai.callback.fp16 import MixedPrecision
 import fastai.callback.schedule
@@ -970,6 +970,22 @@ def test_a_branch_that_the_batch_of_an_update_does_not_take_keeps_its_connection
     assert len(cb.updates) == 2 and not any('b.weight' in u['names'] for u in cb.updates)
     after = masks(learn.model)
     assert not torch.equal(before['a.weight'], after['a.weight']) and torch.equal(before['b.weight'], after['b.weight'])
+
+class SkipsBackward(Callback):
+    "Leaves out backward of one batch, as does a loss that is not finite."
+    order = 90
+    def __init__(self, at): self.at = at
+    def before_backward(self):
+        if self.learn.train_iter == self.at: raise CancelBackwardException
+
+@pytest.mark.skipif(not kernels_available(), reason='compares with the kernels')
+@pytest.mark.parametrize('at', [3, 4])
+@pytest.mark.parametrize('presets', [RigL_presets, SET_presets])
+def test_a_batch_without_backward_at_and_after_an_update_is_the_same_on_the_kernels(presets, at):
+    "Momentum goes on."
+    a,b = (fit(toy_learner(.9, model=toy_net(sizes=(6,64,64,3))), 3, cbs=[SkipsBackward(at), DST(**presets, batches_per_update=3, sparse_kernels=k)]).model.state_dict()
+           for k in (False, True))
+    assert all(torch.allclose(a[n].float(), b[n].float(), atol=1e-5) for n in a)
 
 def test_a_layer_unfrozen_within_an_epoch_grows_by_its_gradient():
     seen = []
