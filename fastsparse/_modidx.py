@@ -808,6 +808,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'fastsparse.topology.attach_mask': ('topology.html#attach_mask', 'fastsparse/topology.py'),
                                      'fastsparse.topology.call_scalar': ('topology.html#call_scalar', 'fastsparse/topology.py'),
                                      'fastsparse.topology.check_mask': ('topology.html#check_mask', 'fastsparse/topology.py'),
+                                     'fastsparse.topology.check_masked_weights': ( 'topology.html#check_masked_weights',
+                                                                                   'fastsparse/topology.py'),
                                      'fastsparse.topology.dense_gradients': ('topology.html#dense_gradients', 'fastsparse/topology.py'),
                                      'fastsparse.topology.drop_and_grow': ('topology.html#drop_and_grow', 'fastsparse/topology.py'),
                                      'fastsparse.topology.grad_mask': ('topology.html#grad_mask', 'fastsparse/topology.py'),

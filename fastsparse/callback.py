@@ -26,7 +26,7 @@ from .large import GradientSampler, large_layers, new_positions, set_positions
 from .schedule import cumulative_steps, drop_fraction, is_update_step, sched_cos
 from .score import (gradient_magnitude, gradient_momentum, has_momentum, is_elementwise, momentum_redistribution, needs_dense_grad,
                               opt_slots, opt_state, random_score, weight_magnitude)
-from .topology import apply_masks, check_mask, drop_and_grow, grad_mask, set_masks, sparse_params, sparseable_params, zero_off_mask_, _hooked, _drop_hooks, GradMask
+from .topology import apply_masks, check_mask, check_masked_weights, drop_and_grow, grad_mask, set_masks, sparse_params, sparseable_params, zero_off_mask_, _hooked, _drop_hooks, GradMask
 from .layers import hold_interrupts
 from .links import linking_types, _Steps
 from .report import Report
@@ -220,6 +220,7 @@ class SparseKernelsCallback(_QuickCallback):
 
     def before_fit(self):
         if only_validates(self.learn): return
+        check_masked_weights(self.learn.model)
         if not sparse_params(self.learn.model): raise ValueError("no layer has a mask: call `sparsify_model(learn.model, sparsity)` before training.")
         self.kernels.start(self.learn)
     def before_batch(self): _lay_out(self.learn.cbs)
@@ -371,6 +372,7 @@ class DynamicSparseTrainingCallback(_QuickCallback):
         elif self.sampler is None: self.sampler = GradientSampler(self._large(), self.candidates)
 
     def _check(self, ps):
+        check_masked_weights(self.learn.model)
         if not ps:
             raise ValueError("no layer has a mask: call `sparsify_model(learn.model, sparsity)` before training." if self.sparse_modules is None
                              else "none of the `sparse_modules` has a mask or was born sparse.")

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['sparseable_types', 'is_sparseable_module', 'n_true', 'SparseParam', 'sparseable_params', 'sparse_params', 'n_kept',
            'sparse_mask', 'zero_off_mask_', 'GradMask', 'grad_mask', 'MaskHook', 'SparseHooks', 'add_mask_hooks',
-           'apply_masks', 'sparse_init_', 'check_mask', 'attach_mask', 'sparsify_model', 'top_k', 'sampled_floor',
-           'top_k_index', 'top_k_mask', 'share_out', 'call_scalar', 'dense_gradients', 'drop_and_grow', 'set_masks']
+           'apply_masks', 'sparse_init_', 'check_mask', 'check_masked_weights', 'attach_mask', 'sparsify_model',
+           'top_k', 'sampled_floor', 'top_k_index', 'top_k_mask', 'share_out', 'call_scalar', 'dense_gradients',
+           'drop_and_grow', 'set_masks']
 
 # %% ../nbs/04_topology.ipynb #1ff6ea5e
 import warnings
@@ -282,6 +283,14 @@ def check_mask(
     "Raise `ValueError` if a mask put there by hand is none for its parameter."
     if p.mask is not None and (p.mask.dtype is not torch.bool or p.mask.shape != p.param.shape):
         raise ValueError(f"{p.name}_mask is {p.mask.dtype} of shape {tuple(p.mask.shape)}; a mask is torch.bool of the parameter's shape {tuple(p.param.shape)}.")
+
+def check_masked_weights(
+    model:nn.Module, # With masks
+):
+    "Raise `ValueError` if what a mask belongs to is no parameter any more, so that nothing keeps or moves its connections."
+    lost = [f'{n}.{k}' if n else k for n,m in model.named_modules() for b in m._buffers if (k := b.removesuffix('_sparsity')) != b and k not in m._parameters]
+    if lost: raise ValueError(f"{', '.join(lost)}: masked, but computed from other parameters since (torch.nn.utils.prune, weight norm, a parametrization). "
+                              "Undo that, by `prune.remove(layer, 'weight')` for example, and sparsify the model again.")
 
 # %% ../nbs/04_topology.ipynb #233fabe1
 def _check_params(params):

@@ -11,7 +11,7 @@ from fastai.callback.fp16 import MixedPrecision
 import fastai.callback.schedule
 from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
 from fastai.callback.training import GradientAccumulation, GradientClip, ShortEpochCallback
-from fastsparse import (DynamicSparseTrainingCallback as DST, EverActive, RigL_presets, SET_presets, SNFS_presets, Sparsity, add_mask_hooks, gradient_magnitude,
+from fastsparse import (DynamicSparseTrainingCallback as DST, EverActive, RigL_presets, SET_presets, SNFS_presets, SparseKernelsCallback, Sparsity, add_mask_hooks, gradient_magnitude,
                         sparse_params, sparsify_model, weight_magnitude)
 from fastsparse.kernels import kernels_available
 from fastsparse.schedule import is_update_step
@@ -997,3 +997,19 @@ def test_a_layer_unfrozen_within_an_epoch_grows_by_its_gradient():
     sparsify_model(learn, .7)
     fit(learn, 1, cbs=[dst(every=4, grow_score_f=grow), At('before_batch', lambda l: l.model[0].weight.requires_grad_(True), n=1)])
     assert seen and min(seen) > 0
+
+@pytest.mark.parametrize('how', [lambda m: nn.utils.prune.l1_unstructured(m, 'weight', .5), nn.utils.parametrizations.weight_norm])
+@pytest.mark.parametrize('cb', [lambda: DST(**RigL_presets, batches_per_update=3), SparseKernelsCallback])
+def test_a_masked_weight_that_is_computed_now_is_told(how, cb):
+    "Pruning overwrites the mask of the same name, and the layer was left out without a word."
+    learn = toy_learner(.7)
+    how(learn.model[2])
+    with pytest.raises(ValueError, match=r'2\.weight: masked, but computed from other parameters'): fit(learn, 1, cbs=cb())
+
+def test_layers_pruned_by_torch_train_beside_masked_ones():
+    learn = toy_learner(None)
+    sparsify_model(learn.model, .7, skip='2.weight')
+    nn.utils.prune.random_unstructured(learn.model[2], 'weight', .5)
+    cb = DST(**RigL_presets, batches_per_update=3)
+    fit(learn, 2, cbs=cb)
+    assert cb.updates[0]['names'] == ['0.weight', '4.weight']
