@@ -198,6 +198,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'fastsparse.checkpoint._grads': ('checkpoint.html#_grads', 'fastsparse/checkpoint.py'),
                                        'fastsparse.checkpoint._key': ('checkpoint.html#_key', 'fastsparse/checkpoint.py'),
                                        'fastsparse.checkpoint._no_fit': ('checkpoint.html#_no_fit', 'fastsparse/checkpoint.py'),
+                                       'fastsparse.checkpoint._opt_layout': ('checkpoint.html#_opt_layout', 'fastsparse/checkpoint.py'),
                                        'fastsparse.checkpoint._readable_state': ( 'checkpoint.html#_readable_state',
                                                                                   'fastsparse/checkpoint.py'),
                                        'fastsparse.checkpoint._rng_state': ('checkpoint.html#_rng_state', 'fastsparse/checkpoint.py'),

@@ -128,7 +128,10 @@ def save_checkpoint(
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + '.part')
-    torch.save(state, part)
+    try: torch.save(state, part)
+    except RuntimeError as e:      # torch's words for a full disk are of positions in a file
+        part.unlink(missing_ok=True)
+        raise OSError(f"{path} could not be written, is the disk full? An earlier checkpoint there is unharmed ({_why_not(e)}).") from None
     os.replace(part, path)
 
 # %% ../nbs/09_checkpoint.ipynb #f4146832
@@ -169,6 +172,13 @@ def _csv_rows(cb, n):
     file = cb.learn.path/cb.fname
     return file.read_text().splitlines(True)[1:1+n] if file.exists() else []
 
+def _opt_layout(sd):
+    "What has to agree for an optimizer to take up the state dict `sd`."
+    groups = sd.get('hypers', sd.get('param_groups', []))
+    n_params = len(sd['state']) if 'hypers' in sd else sum(len(g['params']) for g in groups)
+    names = {k for g in groups for k,v in g.items() if k != 'params' and not isinstance(v, (bool, type(None)))} | {'slow_weights'} & set(sd)
+    return f"{n_params} parameters in {len(groups)} group{'s'*(len(groups) != 1)} with {', '.join(sorted(names))}"
+
 class ResumeCallback(Callback):
     """Continue a run from a checkpoint: add it to the same `fit` call. Without a file at `path`, the run starts from the beginning.
     Of several fits with one `path`, as in `fine_tune`, those that the stopped run had finished are passed over."""
@@ -200,6 +210,8 @@ class ResumeCallback(Callback):
     def _check_learner(self, s):
         bad = _misfits(self.learn.model, s['model'])
         if bad: raise ValueError(f"{self.path} does not fit this model:\n  " + '\n  '.join(bad))
+        then,now = map(_opt_layout, (s['opt'], self.learn.opt.state_dict()))
+        if then != now: raise ValueError(f"{self.path} is from a run whose optimizer had {then}, but this one has {now}: give the same `opt_func` and `splitter`, and freeze the same layers.")
         saved = _saved_states(s)
         for name,cbs in _by_name(self.learn).items():
             n = len(saved.get(name, cbs))

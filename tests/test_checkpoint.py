@@ -1,8 +1,10 @@
 "Checkpoints: what a resumed run shows, logs and restores, whichever callbacks, loaders and fits there are."
 import contextlib, io, subprocess, sys
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 import numpy as np, pytest, torch
-from fastai.basics import Adam, Callback, DataLoaders, Metric
+from fastai.basics import Adam, Callback, DataLoaders, Metric, OptimWrapper, ranger
 from fastai.callback.progress import CSVLogger, ShowGraphCallback
 import fastai.callback.progress as progress
 import fastai.callback.schedule
@@ -101,6 +103,41 @@ def test_another_number_of_callbacks_is_refused(tmp_path):
     with pytest.raises(ValueError, match='with 1 of DynamicSparseTrainingCallback, but this one has 2'):
         fit(toy_learner(), 3, cbs=[dst(), dst(), ResumeCallback(tmp_path/'c')])
     fit(toy_learner(), 3, cbs=[dst(), CheckpointCallback(tmp_path/'a'), CheckpointCallback(tmp_path/'b'), ResumeCallback(tmp_path/'c')])      # these have no state
+
+def frozen_learner():
+    learn = toy_learner()
+    learn.model[0].requires_grad_(False)
+    return learn
+
+@pytest.mark.parametrize('make', [lambda: toy_learner(opt_func=Adam), lambda: toy_learner(opt_func=partial(OptimWrapper, opt=torch.optim.SGD)), lambda: toy_learner(splitter=split), frozen_learner])
+def test_another_optimizer_is_refused_before_training(make, tmp_path):
+    "It failed in the midst of it, in words of its own."
+    stopped(lambda *cbs: fit(toy_learner(), 3, cbs=[dst(), CheckpointCallback(tmp_path/'c'), *cbs]), 1, 1)
+    learn = make()
+    before = {k: v.clone() for k,v in learn.model.state_dict().items()}
+    with pytest.raises(ValueError, match='from a run whose optimizer had 6 parameters in 1 group with .*, but this one has .*same `opt_func`'):
+        fit(learn, 3, cbs=[dst(), ResumeCallback(tmp_path/'c')])
+    assert all(v.equal(learn.model.state_dict()[k]) for k,v in before.items())
+
+@pytest.mark.parametrize('opt_func', [Adam, ranger, partial(OptimWrapper, opt=torch.optim.AdamW)])
+def test_the_same_optimizer_is_taken(opt_func, tmp_path):
+    assert resumed_is_the_same(lambda *cbs: fit(toy_learner(opt_func=opt_func), 3, cbs=[dst(), *cbs]), tmp_path/'c', 1, 1)
+
+@pytest.mark.skipif(sys.platform == 'win32', reason='limits the size of files')
+def test_a_full_disk_is_named_and_leaves_the_earlier_file(tmp_path):
+    code = f"""if True:
+        import resource, signal, sys
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        from conftest import fit, toy_learner
+        from fastsparse.checkpoint import CheckpointCallback
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        fit(toy_learner(), 1, cbs=CheckpointCallback({str(tmp_path/'c')!r}))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
+        try: fit(toy_learner(), 1, cbs=CheckpointCallback({str(tmp_path/'c')!r}))
+        except OSError as e: print(e)"""
+    r = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert 'could not be written, is the disk full?' in r.stdout, r.stderr
+    assert [f.name for f in tmp_path.iterdir()] == ['c'] and 'model' in torch.load(tmp_path/'c', weights_only=False)
 
 def test_a_file_with_one_state_for_each_name_is_read(tmp_path):
     through = fit(toy_learner(), 3, cbs=dst())
