@@ -307,7 +307,7 @@ def _print_epoch(learn, log):
 
 def _fit(learn, *args, **kw):
     "One-cycle training, with progress bars where they overwrite themselves: a log would keep each of their frames."
-    if IN_NOTEBOOK or sys.stdout.isatty(): return learn.fit_one_cycle(*args, **kw)
+    if IN_NOTEBOOK or (sys.stdout and sys.stdout.isatty()): return learn.fit_one_cycle(*args, **kw)
     learn.logger = partial(_print_epoch, learn)
     with learn.no_bar(): learn.fit_one_cycle(*args, **kw)
 
@@ -419,7 +419,8 @@ def save_run(
 def _check_out(out):
     "Can a folder be made or used at `out`? Raises `InputError`."
     first = next(p for p in (out, *out.parents) if p.exists())
-    if not first.is_dir() or not os.access(first, os.W_OK|os.X_OK): raise InputError(f"--out {out}: {first} is not a folder that can be written to.")
+    try: tempfile.TemporaryDirectory(dir=first, prefix='.unfinished-').cleanup()      # rights say little of /proc, or of what is mounted read-only
+    except OSError: raise InputError(f"--out {out}: {first} is not a folder that can be written to.") from None
 
 def _check_device(name):
     try: torch.zeros(1, device=name).item()
@@ -456,7 +457,7 @@ def run_train(
     print(f"\n{results_table(results).to_string()}\n")
     r = report['reload']['reloaded']
     print(f"{report['saved']}: saved, and reloaded in a fresh process: validation loss {r['valid_loss']!r} and accuracy {r['accuracy']!r} agree to the last bit.")
-    print(f"written to {a.out}: {a.save}, report.json, report.png")
+    print(f"written to {a.out or '.'}: {a.save}, report.json, report.png")
     return 0
 
 def run_validate(a):

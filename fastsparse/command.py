@@ -7,7 +7,7 @@ __all__ = ['method_names', 'model_names', 'kernels', 'distributions', 'defaults'
            'make_parser', 'main']
 
 # %% ../nbs/11a_command.ipynb #1144ac47
-import argparse, sys
+import argparse, os, sys
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -45,7 +45,7 @@ _rate = _number(float, lambda v: 0 < v < float('inf'), 'a positive number')
 _seed = _number(int, lambda v: 0 <= v < 2**32, 'a whole number from 0 to 4294967295')
 
 def _file_name(s):
-    if not s or s != Path(s).name or s.startswith('report.'): raise argparse.ArgumentTypeError(f"{s!r} is not a plain file name such as model.pth")
+    if not s or s == '..' or s != Path(s).name or s.startswith('report.'): raise argparse.ArgumentTypeError(f"{s!r} is not a plain file name such as model.pth")
     return s
 
 def _methods(s):
@@ -99,9 +99,13 @@ def make_parser() -> argparse.ArgumentParser:
 def main(
     argv:list=None, # Arguments; `None`: those of the process
 ):
-    "The console command. Exits with 2 on bad input, 130 if interrupted."
+    "The console command. Exits with 2 on bad input, 130 if interrupted, 141 if what reads its output has gone, as `head` does."
     a = make_parser().parse_args(argv)
-    try: code = getattr(import_module('fastsparse.cli'), a.run)(a)      # seconds of imports, of which help and a typo need none
+    if hasattr(sys.stdout, 'reconfigure'): sys.stdout.reconfigure(errors='backslashreplace')      # folders may have any name
+    try:
+        code = getattr(import_module('fastsparse.cli'), a.run)(a)      # seconds of imports, of which help and a typo need none
+        if sys.stdout: sys.stdout.flush()
     except InputError as e: print(f'fastsparse: error: {e}', file=sys.stderr); code = 2
+    except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()); code = 141      # or Python complains when it ends
     except KeyboardInterrupt: print('\ninterrupted: nothing was written', file=sys.stderr); code = 130
     sys.exit(code)

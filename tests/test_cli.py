@@ -1,5 +1,6 @@
 "The command line with made-up files in every format, wrong input of every kind, and interruptions."
-import gzip, json, struct, subprocess, sys
+import gzip, json, os, struct, subprocess, sys
+from pathlib import Path
 import matplotlib; matplotlib.use('Agg')
 import numpy as np, pytest, torch
 import fastsparse
@@ -114,11 +115,12 @@ def test_bad_input_exits_with_2_and_writes_nothing(tmp_path, capsys):
     (tmp_path/'file').write_text('x')
     for args,msg in [('--sparsity 0', 'sparsity'), ('--sparsity nan', 'sparsity'), ('--epochs 0', 'whole number'), ('--lr -1', 'positive'), ('--method a', 'expected one or several'),
                      ('--stop_pct 1.5', 'at most 1'), ('--initial_drop_grow_pct 1', 'share'), ('--data cifar', 'invalid choice'), ('--seed -1', 'whole number'),
-                     ('--distribution x', 'invalid choice'), ('--model vgg', 'invalid choice'), ('--save ../m.pth', 'plain file name'), ('--device moon', '--device moon'),
+                     ('--distribution x', 'invalid choice'), ('--model vgg', 'invalid choice'), ('--save ../m.pth', 'plain file name'), ('--save ..', 'plain file name'), ('--device moon', '--device moon'),
                      (f'--data mnist --path {tmp_path}/none', 'no such file'), (f'--path {tmp_path}', 'digits come with')]:
         assert run('train', '--out', tmp_path/'out', *args.split()) == 2, args
         assert msg in capsys.readouterr().err, args
     assert run('train', '--out', tmp_path/'file'/'out') == 2
+    if Path('/proc/self').exists(): assert run('train', '--out', '/proc/out') == 2      # root may write there, it seems
     assert run('validate', tmp_path) == 2
     assert run() == 2
     assert [f.name for f in tmp_path.iterdir()] == ['file']
@@ -134,6 +136,29 @@ def test_interrupt_keeps_what_was_there(monkeypatch, tmp_path, arrays, where):
     monkeypatch.setattr(cli, where, stop)
     assert run('train', '--data', 'mnist', '--path', tmp_path/'a.npz', '--method', 'static', '--epochs', 1, '--bs', 32, '--out', out) == 130
     assert [f.name for f in out.iterdir()] == ['model.pth'] and (out/'model.pth').read_text() == 'earlier'
+
+def started(tmp_path, arrays, out, shell='exec "$@"', **kw):
+    "The command in a process of its own."
+    write_npz(tmp_path/'a.npz', arrays)
+    cmd = [sys.executable, '-c', 'from fastsparse.command import main; main()', 'train', '--data', 'mnist', '--path', 'a.npz', '--method', 'static', '--epochs', '1', '--bs', '32', '--out', out]
+    return subprocess.Popen(['sh', '-c', shell, 'sh', *cmd], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kw)
+
+@pytest.mark.skipif(sys.platform == 'win32', reason='a shell')
+def test_output_that_nobody_reads_ends_the_command_quietly(tmp_path, arrays):
+    p = started(tmp_path, arrays, 'out')
+    p.stdout.readline()
+    p.stdout.close()
+    err = p.stderr.read()
+    assert p.wait() == 141 and 'Error' not in err and not (tmp_path/'out').exists()
+
+@pytest.mark.skipif(sys.platform == 'win32', reason='a shell')
+@pytest.mark.parametrize('shell,env', [('exec "$@" >&-', {}), ('exec "$@"', dict(PYTHONIOENCODING='ascii'))])
+def test_any_output_will_do(tmp_path, arrays, shell, env):
+    "Closed, or unable to show the folder's name."
+    p = started(tmp_path, arrays, 'o\u00fct', shell, env={**os.environ, **env})
+    out,err = p.communicate()
+    assert p.returncode == 0, err
+    assert (tmp_path/'o\u00fct'/'report.json').exists() and (not env or r'written to o\xfct' in out)
 
 def test_version(capsys):
     assert run('--version') == 0
