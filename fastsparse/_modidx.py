@@ -398,6 +398,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'fastsparse.large._pool': ('large.html#_pool', 'fastsparse/large.py'),
                                   'fastsparse.large._ranks': ('large.html#_ranks', 'fastsparse/large.py'),
                                   'fastsparse.large._sorted': ('large.html#_sorted', 'fastsparse/large.py'),
+                                  'fastsparse.large.check_shared': ('large.html#check_shared', 'fastsparse/large.py'),
                                   'fastsparse.large.gradient_at': ('large.html#gradient_at', 'fastsparse/large.py'),
                                   'fastsparse.large.large_layers': ('large.html#large_layers', 'fastsparse/large.py'),
                                   'fastsparse.large.n_candidates': ('large.html#n_candidates', 'fastsparse/large.py'),

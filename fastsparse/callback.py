@@ -22,7 +22,7 @@ from fastai.callback.training import GradientAccumulation
 from fastai.layers import LinBnDrop
 from fastai.learner import Learner, Metric
 from .distribution import check_sparsity
-from .large import GradientSampler, large_layers, new_positions, set_positions
+from .large import GradientSampler, check_shared, large_layers, new_positions, set_positions
 from .schedule import cumulative_steps, drop_fraction, is_update_step, sched_cos
 from .score import (gradient_magnitude, gradient_momentum, has_momentum, is_elementwise, momentum_redistribution, needs_dense_grad,
                               opt_slots, opt_state, random_score, weight_magnitude)
@@ -221,7 +221,9 @@ class SparseKernelsCallback(_QuickCallback):
     def before_fit(self):
         if only_validates(self.learn): return
         check_masked_weights(self.learn.model)
-        if not sparse_params(self.learn.model): raise ValueError("no layer has a mask: call `sparsify_model(learn.model, sparsity)` before training.")
+        if not sparse_params(self.learn.model):
+            raise ValueError("no layer has a mask: call `sparsify_model(learn.model, sparsity)` before training."
+                             + " Layers born sparse are on the kernels by themselves."*bool(large_layers(self.learn.model)))
         self.kernels.start(self.learn)
     def before_batch(self): _lay_out(self.learn.cbs)
     def before_step(self): self.kernels.begin(self.learn)
@@ -379,6 +381,7 @@ class DynamicSparseTrainingCallback(_QuickCallback):
         if self._large() and needs_dense_grad(self.grow_score_f) == 'always':
             raise ValueError(f"{self._large()[0].name} was born sparse: its inactive connections have no momentum to grow by. Use `gradient_magnitude` or `random_score`.")
         for p in ps: check_mask(p)
+        check_shared([p for p in self._large() if p.param.requires_grad])
         wants = [f for f in self._scores if getattr(f, 'func', f) in (gradient_momentum, momentum_redistribution)]
         if wants and not has_momentum(self.learn.opt):
             raise ValueError(f"`{getattr(wants[0], 'func', wants[0]).__name__}` reads the optimizer's momentum, but this optimizer keeps none: "

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BornSparse', 'large_layers', 'sample_vacant', 'gradient_at', 'Candidates', 'GradientSampler', 'n_candidates',
-           'new_positions', 'survivors', 'set_positions', 'regrow']
+           'check_shared', 'new_positions', 'survivors', 'set_positions', 'regrow']
 
 # %% ../nbs/06b_large.ipynb #31db87af
 from math import prod
@@ -176,6 +176,12 @@ def _candidates(p, grow_score_f, sampler, candidates):
     return c
 
 # %% ../nbs/06b_large.ipynb #20dd9d7f
+def check_shared(
+    ps:list, # Layers, from `large_layers`
+):
+    "Raise `ValueError` if two of them share a weight, each with a structure of its own."
+    if len({p.param for p in ps}) < len(ps): raise ValueError(f"a weight shared by several sparse layers can't move: two of {', '.join(p.name for p in ps)} share one.")
+
 @torch.no_grad()
 def new_positions(
     ps:list,             # Layers, from `large_layers`
@@ -189,7 +195,7 @@ def new_positions(
 ) -> list: # int64, sorted: each layer's new positions
     "Decide new connections. Each layer drops int(fraction·active); as many are grown as dropped, in each layer or, redistributed, in all together."
     if not 0 <= fraction <= 1: raise ValueError(f"the share of connections to move is {fraction}, not between 0 and 1: see the decay (`drop_grow_sched`). Nothing was changed.")
-    if len({p.param for p in ps}) < len(ps): raise ValueError(f"a weight shared by several sparse layers can't move: two of {', '.join(p.name for p in ps)} share one.")
+    check_shared(ps)
     cs = [_candidates(p, grow_score_f, sampler, candidates) for p in ps]
     ks = [int(fraction*p.n_active) for p in ps]
     kept = [top_k_mask(call_score(keep_score_f, p.param, opt, p.name, mask=p.mask), p.n_active-k, p.mask) for p,k in zip(ps, ks)]

@@ -4,7 +4,7 @@ import pytest, torch
 from torch import nn
 from fastai.basics import Adam, Callback, CancelStepException, SGD, ranger
 from fastai.callback.training import GradientAccumulation, GradientClip
-from fastsparse.callback import DynamicSparseTrainingCallback, RigL_presets, SET_presets, SNFS_presets, Sparsity
+from fastsparse.callback import DynamicSparseTrainingCallback, RigL_presets, SET_presets, SNFS_presets, SparseKernelsCallback, Sparsity
 from fastsparse.checkpoint import CheckpointCallback, ResumeCallback
 from fastsparse.large import large_layers
 from fastsparse.layers import SparseLinear
@@ -93,6 +93,26 @@ def test_a_fit_with_masked_layers_beside():
 
 def test_snfs_is_refused_before_anything_moves():
     with pytest.raises(ValueError, match='0.weight was born sparse'): fit(learner(), cbs=dst(SNFS_presets))
+
+class Tied(nn.Module):
+    "Two layers born sparse with one weight."
+    def __init__(self):
+        super().__init__()
+        self.a,self.b = SparseLinear(6, 6, sparsity=.5),SparseLinear(6, 6, sparsity=.5)
+        self.b.weight,self.b.indptr,self.b.indices = self.a.weight,self.a.indptr,self.a.indices
+    def forward(self, x): return self.b(self.a(x).tanh())[:,:3]
+
+def test_a_shared_weight_is_refused_before_anything_is_trained():
+    "It was at the first update."
+    learn = learner(model=Tied())
+    before = snapshot(learn.model)
+    with pytest.raises(ValueError, match="shared by several sparse layers can't move"): fit(learn, 2, cbs=dst())
+    assert before == snapshot(learn.model)
+    learn.model.a.weight.requires_grad_(False)
+    fit(learn, 1, cbs=dst())
+
+def test_layers_born_sparse_need_no_callback_for_kernels():
+    with pytest.raises(ValueError, match='Layers born sparse are on the kernels by themselves'): fit(learner(), 1, cbs=SparseKernelsCallback())
 
 def test_only_chosen_modules_move_in_a_fit():
     learn = learner()
