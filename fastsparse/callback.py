@@ -408,6 +408,7 @@ class DynamicSparseTrainingCallback(_QuickCallback):
         self.kernels.start(self.learn)
         apply_masks(self.learn.model, self.learn.opt)
         self.seen = {p.name: pack_bits(p.mask) for p in ps}
+        if any(isinstance(m, EverActive) for m in self.learn.metrics): self.seen.update({p.name: p.index.cpu() for p in self._large()})      # positions, where bits would be too many
         self._own(ps)
 
     def _own(self, ps):
@@ -530,6 +531,8 @@ class DynamicSparseTrainingCallback(_QuickCallback):
             fresh = self.plans[p.name].fresh if p.name in self.plans else None
             if fresh is not None and 32*len(fresh) < p.n_weights: add_bits(self.seen[p.name], fresh)
             else: self.seen[p.name] |= pack_bits(p.mask)
+        for p in large:
+            if p.name in self.seen: self.seen[p.name] = torch.from_numpy(np.union1d(self.seen[p.name].numpy(), p.index.cpu().numpy()))
         self.kernels.stale = True
         self.updates.append(dict(step=self.i_step-1, fraction=fraction, names=[p.name for p in ps+large], before=before,
                                  after=[p.n_active for p in ps+large], grown=[grown[p] for p in ps+large]))
@@ -564,7 +567,7 @@ class DynamicSparseTrainingCallback(_QuickCallback):
         "Take up a run's state, after `before_fit`."
         self.updates,self.pending,self.i_step = list(sd['updates']),sd['pending'],sd['i_step']
         seen = {k: pack_bits(v) if v.dtype is torch.bool else v.cpu() for k,v in sd['ever_active'].items()}      # older checkpoints have bools
-        self.seen = {p.name: seen[p.name].clone() for p in self._params() if p.name in seen}
+        self.seen = {p.name: seen[p.name].clone() for p in self._params()+self._large() if p.name in seen}
         self.kernels.load_state_dict(sd['kernels'])
         dev = {p.name: p.mask.device for p in self._params()}
         self.off_mask = {k: {s: t.to(dev[k], copy=True) for s,t in v.items()} for k,v in sd['off_mask'].items() if k in dev}
@@ -590,6 +593,7 @@ class EverActive(_ModelMetric):
     name = 'ever_active'
     @property
     def value(self):
-        ps = sparseable_params(self.learn.model) if self.learn else []
+        ps = sparseable_params(self.learn.model) + large_layers(self.learn.model) if self.learn else []
         seen = {k: bits for cb in self.learn.cbs if isinstance(cb, DynamicSparseTrainingCallback) for k,bits in cb.seen.items()} if ps else {}
-        return sum(n_bits(seen[p.name]) if p.name in seen else p.n_active for p in ps)/sum(p.n_weights for p in ps) if ps else None
+        def n_seen(s): return n_bits(s) if s.dtype is torch.uint8 else len(s)
+        return sum(n_seen(seen[p.name]) if p.name in seen else p.n_active for p in ps)/sum(p.n_weights for p in ps) if ps else None

@@ -4,7 +4,7 @@ import pytest, torch
 from torch import nn
 from fastai.basics import Adam, Callback, CancelStepException, SGD, ranger
 from fastai.callback.training import GradientAccumulation, GradientClip
-from fastsparse.callback import DynamicSparseTrainingCallback, RigL_presets, SET_presets, SNFS_presets, SparseKernelsCallback, Sparsity
+from fastsparse.callback import DynamicSparseTrainingCallback, EverActive, RigL_presets, SET_presets, SNFS_presets, SparseKernelsCallback, Sparsity
 from fastsparse.checkpoint import CheckpointCallback, ResumeCallback
 from fastsparse.large import large_layers
 from fastsparse.layers import SparseLinear
@@ -136,6 +136,34 @@ def test_the_sparsity_metric_counts_layers_born_sparse():
     learn = learner(metrics=Sparsity())
     fit(learn, 1, cbs=dst())
     assert abs(learn.recorder.values[-1][-1]-.8) < .01
+
+@pytest.mark.parametrize('presets', [RigL_presets, SET_presets])
+def test_the_share_that_was_ever_active_counts_layers_born_sparse(presets, tmp_path):
+    "As positions, where a masked layer has bits; without the metric nothing is kept."
+    seen = []
+    class Look(Callback):
+        order = 200
+        def before_fit(self): seen.append([set(p.index.tolist()) for p in large_layers(self.learn.model)])
+        def after_batch(self):
+            for s,p in zip(seen[-1], large_layers(self.learn.model)): s.update(p.index.tolist())
+    def run(*cbs):
+        learn = learner(metrics=EverActive(), model=nn.Sequential(SparseLinear(6, 40, sparsity=.9), nn.Tanh(), nn.Linear(40, 20), nn.Tanh(), SparseLinear(20, 3, sparsity=.8)))
+        fit(learn, 3, cbs=[dst(presets), *cbs])
+        return learn.recorder.values[-1][-1]
+    share = run(Look())
+    assert share == (sum(map(len, seen[0])) + 800)/(240+800+60) < .95
+    class Stop(Callback):
+        order = 200
+        def after_batch(self):
+            if self.learn.training and self.learn.train_iter == 12: raise KeyboardInterrupt
+    torch.manual_seed(0)
+    whole = run()
+    torch.manual_seed(0)
+    with pytest.raises(KeyboardInterrupt): run(CheckpointCallback(tmp_path/'c', every_batches=3), Stop())
+    assert run(ResumeCallback(tmp_path/'c')) == whole
+    learn,cb = learner(),dst(presets)
+    fit(learn, 1, cbs=cb)
+    assert not cb.seen
 
 def test_a_gradient_that_is_not_finite_postpones_the_update():
     class Bad(Callback):
