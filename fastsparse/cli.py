@@ -348,10 +348,17 @@ def validate(
     out = Path(out)
     try: report = json.loads((out/'report.json').read_text(encoding='utf-8'))
     except (OSError, ValueError) as e: raise InputError(f"{out} is not a folder that `fastsparse train` wrote: {e}") from None
-    try: settings,threads,file = report['settings'],report['machine']['threads'],out/report['model_file']
+    try:
+        settings = {k: report['settings'][k] for k in ('data', 'path', 'model', 'bs', 'n_train', 'device', 'seed')}
+        threads,file = report['machine']['threads'],out/report['model_file']
     except (KeyError, TypeError) as e: raise InputError(f"{out}/report.json is not what `fastsparse train` writes: it has no {e}") from None
     torch.set_num_threads(threads)
-    if settings['data'] not in data_sets: raise InputError(f"{out}/report.json: data is {settings['data']!r}, which is none of {', '.join(data_sets)}.")
+    for k,known in (('data', data_sets), ('model', models)):
+        if settings[k] not in known: raise InputError(f"{out}/report.json: {k} is {settings[k]!r}, which is none of {', '.join(known)}.")
+    try: _check_device(settings['device'])
+    except InputError:      # of another machine
+        print(f"trained on {settings['device']}, which isn't here: validating on cpu", file=sys.stderr)
+        settings['device'] = 'cpu'
     learn = make_learner(data_sets[settings['data']](settings['path'] if path is None else Path(path).expanduser()), settings)
     try: load_sparse_model(file, learn.model)
     except (OSError, ValueError) as e: raise InputError(str(e)) from None

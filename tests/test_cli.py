@@ -178,6 +178,21 @@ def test_validate_finds_data_that_was_moved(tmp_path, arrays, capsys):
     assert run('validate', tmp_path/'out', '--path', tmp_path/'b.npz') == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == json.loads((tmp_path/'out'/'report.json').read_text())['reload']['trained']
 
+def test_validate_on_another_machine_and_of_reports_that_it_cannot_use(tmp_path, arrays, capsys):
+    write_npz(tmp_path/'a.npz', arrays)
+    out = tmp_path/'run'
+    assert run('train', '--data', 'mnist', '--path', tmp_path/'a.npz', '--method', 'static', '--epochs', 1, '--bs', 32, '--threads', 1, '--out', out) == 0
+    report = json.loads((out/'report.json').read_text())
+    def validate(**settings):
+        (out/'report.json').write_text(json.dumps({**report, 'settings': {k: v for k,v in {**report['settings'], **settings}.items() if v != 'gone'}}))
+        return run('validate', out), *capsys.readouterr()
+    capsys.readouterr()
+    code,said,err = validate(device='xpu:7')
+    assert code == 0 and "trained on xpu:7, which isn't here" in err and json.loads(said) == report['reload']['trained']
+    for settings,msg in [(dict(model='vgg'), "model is 'vgg', which is none of small"), (dict(data='cifar'), "data is 'cifar'"), (dict(bs='gone'), "it has no 'bs'")]:
+        code,_,err = validate(**settings)
+        assert code == 2 and msg in err
+
 def test_help_is_ascii(capsys):
     for command in 'train', 'validate':
         assert run(command, '--help') == 0
