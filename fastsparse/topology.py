@@ -288,7 +288,7 @@ def check_masked_weights(
     model:nn.Module, # With masks
 ):
     "Raise `ValueError` if what a mask belongs to is no parameter any more, so that nothing keeps or moves its connections."
-    lost = [f'{n}.{k}' if n else k for n,m in model.named_modules() for b in m._buffers if (k := b.removesuffix('_sparsity')) != b and k not in m._parameters]
+    lost = [f'{n}.{k}' if n else k for n,m in model.named_modules() for b in m._buffers if (k := b.removesuffix('_sparsity')) != b and f'{k}_mask' in m._buffers and k not in m._parameters]
     if lost: raise ValueError(f"{', '.join(lost)}: masked, but computed from other parameters since (torch.nn.utils.prune, weight norm, a parametrization). "
                               "Undo that, by `prune.remove(layer, 'weight')` for example, and sparsify the model again.")
 

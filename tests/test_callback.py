@@ -1008,6 +1008,7 @@ def test_a_masked_weight_that_is_computed_now_is_told(how, cb):
 
 def test_layers_pruned_by_torch_train_beside_masked_ones():
     learn = toy_learner(None)
+    learn.model[2].register_buffer('target_sparsity', torch.tensor(.5))      # of the user's own: nothing was masked there
     sparsify_model(learn.model, .7, skip='2.weight')
     nn.utils.prune.random_unstructured(learn.model[2], 'weight', .5)
     cb = DST(**RigL_presets, batches_per_update=3)
